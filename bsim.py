@@ -1,0 +1,537 @@
+"""BSIM: mix two images and learn how similar the mixture is to each, in the proportion of the mix.
+
+The whole idea as pure functions of tensors: views, mixtures, joint-similarity losses, and two measures of the sphere.
+Copy any of them, with the helpers above it in its section, into your own code: nothing else is needed.
+
+Paper: Chu, Zhan and Zhang, "Beyond Single Instance Multi-view Unsupervised Representation Learning", arXiv 2011.13356.
+Where it is silent the definitions are ours; docs/definitions.md says which.
+
+Randomness is an argument: every function that draws takes a `torch.Generator`, and none touches global state. A CPU
+generator gives the same draws whatever device the images are on, and drawing never waits for an accelerator.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixtures, and the losses that take them.
+
+
+class Mixture(NamedTuple):
+    """A batch of mixtures: `images[n]` holds the share `weight[n]` of image n, the rest is of image `partner[n]`."""
+
+    images: Tensor  # [N, C, H, W], the input's dtype
+    weight: Tensor  # [N] float32 in [0, 1]
+    partner: Tensor  # [N] int64, a permutation of range(N)
+
+
+def _check_images(images):
+    if images.dim() != 4 or 0 in images.shape:
+        raise ValueError(f"images: got shape {list(images.shape)}, want [N, C, H, W], none of them 0")
+
+
+def _readable(tensor):
+    # Looking at values makes the host wait for an accelerator and breaks a compiled graph; shapes are always checked.
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_share(name, share, n):
+    if share.shape != (n,) or not share.is_floating_point():
+        raise ValueError(f"{name}: got {share.dtype} of shape {list(share.shape)}, want a float tensor of shape [{n}]")
+    if _readable(share) and not ((share >= 0) & (share <= 1)).all():
+        raise ValueError(f"{name}: got values from {share.min():g} to {share.max():g}, want shares in [0, 1]")
+
+
+def _check_partner(partner, n):
+    if partner.shape != (n,) or partner.dtype != torch.int64:
+        got = f"{partner.dtype} of shape {list(partner.shape)}"
+        raise ValueError(f"partner: got {got}, want an int64 tensor of shape [{n}]")
+    if _readable(partner) and not torch.equal(partner.sort().values, torch.arange(n)):
+        raise ValueError(f"partner: got {partner.tolist()[:8]}..., want a permutation of range({n})")
+
+
+def mixup(images: Tensor, weight: Tensor, partner: Tensor) -> Mixture:
+    """m_n = w_n x_n + (1 - w_n) x_p(n) (Zhang et al., 2018, section 2).
+
+    images: [N, C, H, W], float or integer (rounded). weight: [N] float in [0, 1]. partner: [N] int64, a permutation.
+    Mixes in at least float32 and returns the dtype of `images`. Raises ValueError for other shapes or ranges.
+    """
+    _check_images(images)
+    _check_share("weight", weight, len(images))
+    _check_partner(partner, len(images))
+    weight, partner = weight.to(images.device, torch.float32), partner.to(images.device)
+    share = weight.view(-1, 1, 1, 1)
+    mixed = share * images + (1 - share) * images[partner]
+    if not images.is_floating_point():
+        mixed = mixed.round()
+    return Mixture(mixed.to(images.dtype), weight, partner)
+
+
+def cutmix(images: Tensor, share: Tensor, partner: Tensor, *, generator: torch.Generator) -> Mixture:
+    """x_n with one box replaced by the same box of x_p(n) (Yun et al., 2019, section 3.1).
+
+    images: [N, C, H, W] of any dtype. share: [N] float in [0, 1], one box an image; or [] for one share and one box
+    for the whole batch. partner: [N] int64, a permutation. The box has the sides sqrt(1 - share) of the image's and a
+    centre drawn from the whole image, is rounded to pixels and clipped at the border; the weight that is returned is
+    the area that really remained of x_n. A share of 0 or 1 is exact. Raises ValueError for other shapes or ranges.
+    """
+    _check_images(images)
+    n, _, height, width = images.shape
+    drawn = share.reshape(1) if share.dim() == 0 else share
+    _check_share("share", drawn, len(drawn) if share.dim() == 0 else n)
+    _check_partner(partner, n)
+    device = generator.device
+    drawn = drawn.to(device, torch.float32)
+
+    def span(size):
+        length = (size * (1 - drawn).sqrt()).round().long()
+        centre = (size * torch.rand(len(drawn), generator=generator, device=device)).long()
+        start, stop = (centre - length // 2).clamp(min=0), (centre - length // 2 + length).clamp(max=size)
+        whole = drawn == 0  # a box of the whole image has only one place to be
+        return start.masked_fill(whole, 0), stop.masked_fill(whole, size)
+
+    top, bottom = span(height)
+    left, right = span(width)
+    area = (bottom - top).clamp(min=0) * (right - left).clamp(min=0)
+    weight = (height * width - area).float() / (height * width)
+
+    box = torch.stack([top, bottom, left, right], 1).to(images.device)[:, :, None]
+    y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+    rows, columns = (y >= box[:, 0]) & (y < box[:, 1]), (x >= box[:, 2]) & (x < box[:, 3])
+    inside = rearrange(rows, "n h -> n 1 h 1") & rearrange(columns, "n w -> n 1 1 w")
+    partner = partner.to(images.device)
+    return Mixture(torch.where(inside, images[partner], images), weight.to(images.device).expand(n), partner)
+
+
+def sample_mixture(
+    images: Tensor, *, kind: str = "cutmix", alpha: float = 1.0, per_sample: bool = True, generator: torch.Generator
+) -> Mixture:
+    """Draw partners and shares, and mix: shares from Beta(alpha, alpha), partners on one random cycle of the batch.
+
+    images: [N, C, H, W]. kind: "cutmix", "mixup" or "either" (a fair coin). per_sample: one share (and box, and coin)
+    an image, or one for the whole batch. A cycle never pairs an image with itself (N > 1): the idea is to mix two
+    *different* images. To mix two views alike, stack them along the channels. Raises ValueError for another kind,
+    alpha <= 0, or another shape.
+    """
+    _check_images(images)
+    if kind not in ("cutmix", "mixup", "either"):
+        raise ValueError(f"kind: got {kind!r}, want 'cutmix', 'mixup' or 'either'")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha: got {alpha}, want a number above 0")
+    n, device = len(images), generator.device
+
+    def uniform():
+        return torch.rand(n if per_sample else 1, generator=generator, device=device, dtype=torch.float64)
+
+    order = torch.randperm(n, generator=generator, device=device)
+    partner = torch.empty_like(order)
+    partner[order] = order.roll(1)
+    # Beta(alpha, alpha) from two uniforms and no rejection: 1/2 + t / 2 sqrt(1 + t^2), where t sqrt(2 alpha) follows
+    # Student's law of 2 alpha degrees of freedom, drawn by Bailey's polar method (Math. Comp. 62, 1994).
+    u, cosine = uniform().pow(1 / alpha), torch.cos(2 * math.pi * uniform())
+    share = (0.5 + 0.5 * cosine * ((1 - u) / (u + (1 - u) * cosine**2)).sqrt()).clamp(0, 1).float()
+    if kind == "mixup":
+        return mixup(images, share.expand(n), partner)
+    cut = cutmix(images, share if per_sample else share[0], partner, generator=generator)
+    if kind == "cutmix":
+        return cut
+    blend = mixup(images, share.expand(n), partner)
+    coin = (uniform() < 0.5).to(images.device)
+    chosen = torch.where(coin.view(-1, 1, 1, 1), cut.images, blend.images)
+    return Mixture(chosen, torch.where(coin, cut.weight, blend.weight), cut.partner)
+
+
+def _check_embeddings(**named):
+    (first, reference), *others = named.items()
+    for name, x in named.items():
+        if x.dim() != 2 or len(x) == 0 or not x.is_floating_point():
+            raise ValueError(f"{name}: got {x.dtype} of shape {list(x.shape)}, want a float tensor of shape [N, D]")
+    for name, x in others:
+        if x.shape != reference.shape:
+            wanted = f"{list(reference.shape)} as {first} has"
+            raise ValueError(f"{name}: got shape {list(x.shape)}, want {wanted}")
+
+
+def _check_negatives(negatives, like):
+    if negatives.dim() != 2 or negatives.shape[1] != like.shape[1]:
+        raise ValueError(f"negatives: got shape {list(negatives.shape)}, want [K, {like.shape[1]}]")
+
+
+def _check_temperature(temperature):
+    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: got {temperature}, want a number above 0")
+
+
+def _pairing(weight, partner, like):
+    """None, or the checked (weight, partner) with the weight in the precision of the embeddings `like`."""
+    if (weight is None) != (partner is None):
+        missing, given = ("weight", "partner") if weight is None else ("partner", "weight")
+        raise ValueError(f"{missing}: got None beside a {given}; a mixture has both, pass both or neither")
+    if weight is None:
+        return None
+    _check_share("weight", weight, len(like))
+    _check_partner(partner, len(like))
+    return weight.to(like.device, like.dtype), partner.to(like.device)
+
+
+def _unit(x):
+    """Rows of length 1, in float32 at least."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+
+
+def _exact(x):
+    # Autocast would compute even float32 products in half precision.
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def nt_xent(
+    a: Tensor,
+    b: Tensor,
+    temperature: float = 0.5,
+    *,
+    weight: Tensor | None = None,
+    partner: Tensor | None = None,
+    negatives: Tensor | None = None,
+) -> Tensor:
+    """SimCLR's loss (Chen et al., 2020, equation 1); with `weight` and `partner`, its joint-similarity form.
+
+    a: [N, D] float, embeddings of the first views, or of the mixtures m where `weight` is given. b: [N, D], of the
+    second views. weight: [N] float in [0, 1]. partner: [N] int64, a permutation. negatives: [K, D], more candidates
+    for every anchor (the embeddings of other processes; gradients flow into them). Nothing need be normalised.
+
+    Each of the 2N rows of [a; b] is an anchor, all others its candidates; the mean of the cross-entropy between soft
+    targets and softmax(cosine / temperature). m_n has the target w_n on b_n and 1 - w_n on b_p(n); seen from b_j that
+    is w_j on m_j and 1 - w_q on m_q, p(q) = j, normalised to sum to 1 (a b_j that no mixture holds has no target and
+    adds 0). Scalar, float32 or float64. Raises ValueError for other shapes or ranges.
+    """
+    _check_embeddings(a=a, b=b)
+    _check_temperature(temperature)
+    if negatives is not None:
+        _check_negatives(negatives, a)
+    with _exact(a):
+        z = torch.cat([_unit(a), _unit(b)])
+        pairing = _pairing(weight, partner, z[: len(a)])
+        n = len(a)
+        scores = z @ z.T / temperature
+        own = scores[:n, n:].diagonal()
+        if pairing is not None:
+            other = scores[torch.arange(n, device=z.device), n + pairing[1]]
+        scores = scores.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -math.inf)
+        spread = scores.logsumexp(1)
+        if negatives is not None:
+            spread = torch.logaddexp(spread, (z @ _unit(negatives).T / temperature).logsumexp(1))
+        if pairing is None:
+            return (spread - own.repeat(2)).mean()
+        weight, partner = pairing
+        from_b = partner.argsort()  # q of each j: the mixture that b_j is the partner in
+        total = weight + (1 - weight)[from_b]
+        of_m = weight * own + (1 - weight) * other
+        of_b = (weight * own + ((1 - weight) * other)[from_b]) / total.clamp(min=torch.finfo(z.dtype).tiny)
+        held = torch.cat([torch.ones_like(total), (total > 0).to(z.dtype)])
+        return (held * spread - torch.cat([of_m, of_b])).mean()
+
+
+def info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    negatives: Tensor,
+    temperature: float = 0.2,
+    *,
+    weight: Tensor | None = None,
+    partner: Tensor | None = None,
+) -> Tensor:
+    """MoCo's loss (He et al., 2020, equation 1); with `weight` and `partner`, its joint-similarity form.
+
+    queries: [N, D] float, embeddings of the first views, or of the mixtures where `weight` is given. keys: [N, D], of
+    the second views. negatives: [K, D], the queue. weight: [N] float in [0, 1]. partner: [N] int64, a permutation.
+    Nothing need be normalised; keys and negatives get no gradient.
+
+    The mean over n of w_n l(m_n, b_n) + (1 - w_n) l(m_n, b_p(n)), with
+    l(q, k) = -log(e^(q.k/t) / (e^(q.k/t) + sum over negatives e^(q.neg/t))).
+    Scalar, float32 or float64. Raises ValueError for other shapes or ranges.
+    """
+    _check_embeddings(queries=queries, keys=keys)
+    _check_temperature(temperature)
+    _check_negatives(negatives, queries)
+    with _exact(queries):
+        queries, keys, negatives = _unit(queries), _unit(keys.detach()), _unit(negatives.detach())
+        pairing = _pairing(weight, partner, queries)
+        elsewhere = (queries @ negatives.T / temperature).logsumexp(1)
+
+        def each(keys):  # l, one a row: -log sigmoid(positive - log-sum-exp of the negatives)
+            return -F.logsigmoid((queries * keys).sum(1) / temperature - elsewhere)
+
+        if pairing is None:
+            return each(keys).mean()
+        weight, partner = pairing
+        return (weight * each(keys) + (1 - weight) * each(keys[partner])).mean()
+
+
+def negative_cosine(
+    predictions: Tensor, targets: Tensor, *, weight: Tensor | None = None, partner: Tensor | None = None
+) -> Tensor:
+    """SimSiam's D (Chen and He, 2021, equation 1); with `weight` and `partner`, its joint-similarity form.
+
+    predictions: [N, D] float, of the first views, or of the mixtures where `weight` is given. targets: [N, D], of the
+    second views, no gradient. weight: [N] float in [0, 1]. partner: [N] int64, a permutation.
+
+    The mean over n of -(w_n cos(m_n, b_n) + (1 - w_n) cos(m_n, b_p(n))). BYOL's loss (Grill et al., 2020, equation 2)
+    is 2 + 2 x this. Scalar, float32 or float64. Raises ValueError for other shapes or ranges.
+    """
+    _check_embeddings(predictions=predictions, targets=targets)
+    with _exact(predictions):
+        predictions, targets = _unit(predictions), _unit(targets.detach())
+        pairing = _pairing(weight, partner, predictions)
+        own = (predictions * targets).sum(1)
+        if pairing is None:
+            return -own.mean()
+        weight, partner = pairing
+        other = (predictions * targets[partner]).sum(1)
+        return -(weight * own + (1 - weight) * other).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sphere.
+
+
+def _pair_of_unit(x, y):
+    if x.dim() != 2 or x.shape != y.shape or len(x) == 0:
+        raise ValueError(f"x, y: got shapes {list(x.shape)} and {list(y.shape)}, want [N, D] twice")
+    return (F.normalize(v.to(torch.promote_types(v.dtype, torch.float32)), dim=1) for v in (x, y))
+
+
+def alignment(x: Tensor, y: Tensor, power: float = 2) -> Tensor:
+    """The mean of |x_n - y_n|^power over positive pairs on the unit sphere (Wang and Isola, 2020, section 4.1.1).
+
+    x, y: [N, D] float, normalised here. Scalar >= 0; 0 is perfect. Raises ValueError for other shapes.
+    """
+    x, y = _pair_of_unit(x, y)
+    return (x - y).norm(dim=1).pow(power).mean()
+
+
+def uniformity(x: Tensor, t: float = 2) -> Tensor:
+    """log of the mean of e^(-t |x_i - x_j|^2) over all pairs i < j (Wang and Isola, 2020, section 4.1.2).
+
+    x: [N, D] float, N of 2 or more, normalised here. Scalar <= 0; lower is more uniform. Raises ValueError for other
+    shapes.
+    """
+    if len(x) < 2:
+        raise ValueError(f"x: got shape {list(x.shape)}, want [N, D] with N of 2 or more")
+    x, _ = _pair_of_unit(x, x)
+    distances = torch.pdist(x).pow(2)
+    return (-t * distances).logsumexp(0) - math.log(len(distances))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views. Operations take float images [N, 3, H, W] in [0, 1] and one parameter an image, and agree with
+# torchvision.transforms.v2.functional where that takes the same parameter.
+
+
+class ViewRecipe(NamedTuple):
+    """How to draw a view: random-resized-crop, flip, colour jitter in a random order, grayscale, blur, solarize.
+
+    The defaults are MoCo v2's and SimSiam's for ImageNet (Chen et al., 2020, "Improved baselines", section 2)."""
+
+    size: int = 224  # the view's side in pixels
+    scale: tuple[float, float] = (0.2, 1.0)  # the crop's area, as a share of the image's
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # the crop's width / height
+    flip: float = 0.5  # probabilities: flip, jitter, grayscale, blur, solarize
+    jitter: float = 0.8
+    brightness: float = 0.4  # strengths: a factor from 1 - s to 1 + s
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1  # a shift from -s to s, in turns of the colour circle
+    grayscale: float = 0.2
+    blur: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # in pixels of the view
+    solarize: float = 0.0
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+def _column(parameter, images):
+    return parameter.to(images.device, images.dtype).view(-1, 1, 1, 1)
+
+
+def random_crop_box(n, height, width, scale, ratio, *, generator) -> Tensor:
+    """[n, 4] int64 boxes (top, left, height, width), drawn as torchvision's RandomResizedCrop draws them.
+
+    Ten tries an image, the first that fits inside, else the largest central box of an allowed ratio.
+    """
+    device = generator.device
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=generator, device=device)
+
+    area = height * width * uniform(*scale, 10)
+    aspect = uniform(math.log(ratio[0]), math.log(ratio[1]), 10).exp()
+    sides = torch.stack([(area / aspect).sqrt().round(), (area * aspect).sqrt().round()], -1).long()
+    limits = torch.tensor([height, width], device=device)
+    fits = ((sides > 0) & (sides <= limits)).all(-1)
+    first = fits.long().argmax(1)  # the first try that fits; 0 where none does
+    own = width / height
+    central = [height, width]
+    if own < ratio[0]:
+        central = [min(height, round(width / ratio[0])), width]
+    elif own > ratio[1]:
+        central = [height, min(width, round(height * ratio[1]))]
+    central = torch.tensor(central, device=device).expand(n, 2)
+    none_fits = ~fits.any(1, keepdim=True)
+    sides = torch.where(none_fits, central, sides[torch.arange(n, device=device), first])
+    room = limits - sides
+    corner = torch.where(none_fits, room // 2, ((room + 1) * uniform(0, 1, 2)).long().minimum(room))
+    return torch.cat([corner, sides], 1)
+
+
+def _resampling(start, length, flip, source, target):
+    """[N, target, source]: rows that resample [start, start + length) with a triangle filter, widened to shrink."""
+    scale = length / target
+    centre = start + scale * (torch.arange(target, device=start.device) + 0.5)
+    centre = torch.where(flip, centre.flip(1), centre)[:, :, None]
+    pixel = torch.arange(source, device=start.device) + 0.5
+    weight = (1 - (pixel - centre).abs() / scale.clamp(min=1)[:, :, None]).clamp(min=0)
+    inside = (pixel > start) & (pixel < start + length)
+    weight = weight * inside[:, None]
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def _apply(rows, images, columns):
+    """rows [N, h, H] @ images [N, C, H, W] @ columns [N, w, W] transposed: [N, C, h, w]."""
+    return rows[:, None] @ (images @ columns.mT[:, None])
+
+
+def resized_crop(images: Tensor, box: Tensor, size: int, flip: Tensor | None = None) -> Tensor:
+    """Cut `box` [N, 4] (top, left, height, width) out of each image, resize it to size x size, flip where `flip` [N].
+
+    Bilinear and antialiased, as two batched matrix products: images [N, C, H, W] float to [N, C, size, size].
+    """
+    box = box.to(images.device, images.dtype)[:, :, None]
+    flip = torch.zeros(len(images), dtype=torch.bool) if flip is None else flip
+    flip = flip.to(images.device)[:, None]
+    rows = _resampling(box[:, 0], box[:, 2], torch.zeros_like(flip), images.shape[2], size)
+    columns = _resampling(box[:, 1], box[:, 3], flip, images.shape[3], size)
+    return _apply(rows, images, columns)
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """Luma (ITU-R 601) in all three channels."""
+    red, green, blue = images.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None].expand_as(images)
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Times `factor` [N], clipped to [0, 1]."""
+    return (images * _column(factor, images)).clamp(0, 1)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """From the mean luma of the image (factor 0) to the image (1) and beyond, clipped to [0, 1]."""
+    mean = grayscale(images)[:, :1].mean((2, 3), keepdim=True)
+    return torch.lerp(mean.expand_as(images), images, _column(factor, images)).clamp(0, 1)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """From the luma (factor 0) to the image (1) and beyond, clipped to [0, 1]."""
+    return torch.lerp(grayscale(images), images, _column(factor, images)).clamp(0, 1)
+
+
+def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` [N] of the colour circle, in HSV."""
+    red, green, blue = images.unbind(1)
+    value, low = images.amax(1), images.amin(1)
+    chroma = value - low
+    scaled = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
+    sector = torch.where(value == green, (blue - red) / scaled + 2, (red - green) / scaled + 4)
+    sector = torch.where(value == red, (green - blue) / scaled, sector)
+    k = (sector + 6 * _column(shift, images)[:, 0])[:, None] + images.new_tensor([5, 3, 1]).view(1, 3, 1, 1)
+    k = k.remainder(6)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """A Gaussian of `sigma` [N] pixels, cut off at `radius` pixels, the border mirrored; radius < min(H, W)."""
+
+    def rows(size):
+        taps = torch.arange(radius + 2, device=images.device) / sigma.to(images.device, images.dtype)[:, None]
+        taps = torch.exp(-0.5 * taps**2)
+        taps[:, radius + 1] = 0  # where every pixel farther away looks its weight up
+        at = torch.arange(size, device=images.device)
+        before, after = at[:, None], at[None]
+        weight = taps[:, (before - after).abs().clamp(max=radius + 1)]
+        weight = weight + (after > 0) * taps[:, (before + after).clamp(max=radius + 1)]
+        mirrored = (2 * (size - 1) - before - after).clamp(max=radius + 1)
+        weight = weight + (after < size - 1) * taps[:, mirrored]
+        return weight / weight.sum(-1, keepdim=True)
+
+    return _apply(rows(images.shape[2]), images, rows(images.shape[3]))
+
+
+def solarize(images: Tensor) -> Tensor:
+    """Invert what is at or above 0.5."""
+    return torch.where(images >= 0.5, 1 - images, images)
+
+
+def _where(drawn, images, operation, *parameters):
+    """Write operation(images, *parameters) over the images that drew it, and leave the others."""
+    rows = drawn.nonzero().squeeze(1)
+    if len(rows):
+        there = rows.to(images.device)
+        images[there] = operation(images[there], *(p[rows] for p in parameters))
+
+
+@torch.no_grad()
+def make_view(images: Tensor, recipe: ViewRecipe, *, generator: torch.Generator) -> Tensor:
+    """Draw one view of each image (Chen et al., 2020, appendix A; Grill et al., 2020, appendix B).
+
+    images: [N, 3, H, W], uint8, or float in [0, 1]. Returns [N, 3, size, size], normalised, float32 (float64 for
+    float64). The blur's kernel is a tenth of the view wide, as SimCLR's. Raises ValueError for another shape or dtype.
+    """
+    if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(f"images: got shape {list(images.shape)}, want [N, 3, H, W]")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images: got {images.dtype}, want uint8, or float in [0, 1]")
+    n, _, height, width = images.shape
+    if images.dtype != torch.float64:
+        images = images / 255 if images.dtype == torch.uint8 else images.float()
+
+    def uniform(low=0.0, high=1.0, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=generator, device=generator.device)
+
+    with torch.autocast(images.device.type, enabled=False):
+        box = random_crop_box(n, height, width, recipe.scale, recipe.ratio, generator=generator)
+        view = resized_crop(images, box, recipe.size, uniform() < recipe.flip)
+
+        jittered, order = uniform() < recipe.jitter, uniform(0, 1, 4).argsort(1)
+        jitter = [
+            (operation, uniform(max(0.0, 1 - strength), 1 + strength))
+            for operation, strength in (
+                (adjust_brightness, recipe.brightness),
+                (adjust_contrast, recipe.contrast),
+                (adjust_saturation, recipe.saturation),
+            )
+        ]
+        jitter.append((adjust_hue, uniform(-recipe.hue, recipe.hue)))
+        for turn in range(4):
+            for index, (operation, factor) in enumerate(jitter):
+                _where(jittered & (order[:, turn] == index), view, operation, factor)
+
+        _where(uniform() < recipe.grayscale, view, grayscale)
+        blurred, sigma, radius = uniform() < recipe.blur, uniform(*recipe.blur_sigma), recipe.size // 20
+        if radius:
+            _where(blurred, view, lambda part, sigma: gaussian_blur(part, sigma, radius), sigma)
+        _where(uniform() < recipe.solarize, view, solarize)
+
+        mean, std = (view.new_tensor(v).view(1, 3, 1, 1) for v in (recipe.mean, recipe.std))
+        return view.sub_(mean).div_(std)
+
+
+if __name__ == "__main__":
+    from flags import launch
+    from train import pretrain
+
+    launch(pretrain, name="bsim.py")

@@ -1,0 +1,16 @@
+"""The table of methods: one file and one row each. A method's file has
+
+defaults(image_size, width, steps, images) -> dict    every setting with its value, for these images, this
+                                                      backbone's width, and a run of so many steps and images
+views(image_size) -> (ViewRecipe, ViewRecipe)         how the two views a and b are drawn
+Method(backbone, **head settings)                     an nn.Module, called as method(a, b, mixture, sim) -> Losses;
+                                                      `both_views`: whether the mixture stacks a and b as channels;
+                                                      `after_step(progress)`: what follows an optimiser step
+"""
+
+import methods.byol
+import methods.moco
+import methods.simclr
+import methods.simsiam
+
+METHODS = {"simclr": methods.simclr, "moco": methods.moco, "byol": methods.byol, "simsiam": methods.simsiam}

@@ -1,0 +1,145 @@
+"""The run folder: its name, its files, its checkpoints. Whatever is written is complete or absent."""
+
+import json
+import os
+import platform
+import re
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save, save_file
+
+from flags import UserError
+
+PACKAGES = "torch torchvision timm accelerate datasets einops fire numpy pillow safetensors scikit-learn".split()
+
+
+def versions() -> dict:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write(path: Path, save) -> None:
+    """Call save(file beside path), then rename it to `path`: a reader never sees half a file."""
+    aside = path.with_name(f".{path.name}.part")
+    save(aside)
+    _flush(aside)
+    aside.replace(path)
+
+
+def write_json(path: Path, value) -> None:
+    write(path, lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def _flush(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def choose(out: str | None, method: str, dataset: str) -> Path:
+    """The folder of a new run: `out`, or the first free runs/METHOD-DATASET-NUMBER. Refuses one that is in use."""
+    if out is None:
+        word = re.sub(r"[^\w-]+", "-", Path(dataset).stem or "data").strip("-").lower()
+        taken = [int(p.name.rpartition("-")[2]) for p in Path("runs").glob(f"{method}-{word}-[0-9][0-9][0-9]")]
+        return Path("runs") / f"{method}-{word}-{max(taken, default=0) + 1:03d}"
+    folder = Path(out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {out}: that is a file; name a folder that does not exist yet")
+    if (folder / "backbone.safetensors").exists():
+        raise UserError(
+            f"--out {out}: holds a finished run; write to another folder, or train it longer: --resume {out} --epochs N"
+        )
+    if (folder / "config.json").exists():
+        raise UserError(f"--out {out}: holds an unfinished run; go on with it: --resume {out}, or write elsewhere")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--out {out}: is not empty and no run; name a folder that does not exist yet")
+    return folder
+
+
+def config_of(folder: Path) -> dict:
+    """The settings of the run in `folder`."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"--resume {folder}: no run there (it has no config.json)")
+    return json.loads((folder / "config.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics: a line of JSON a log step.
+
+
+def append_metrics(folder: Path, line: dict) -> None:
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def cut_metrics(folder: Path, step: int) -> None:
+    """Drop what was logged after `step`, the checkpoint that a run resumes from, and a last line that is half."""
+    kept = []
+    path = folder / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except json.JSONDecodeError:
+            continue
+    write(path, lambda file: file.write_text("".join(line + "\n" for line in kept)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: checkpoints/step_XXXXXX/ with the method's weights, the optimiser's state and the loop's few numbers.
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:]))
+
+
+def _contiguous(tensors):
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def save_checkpoint(folder: Path, step: int, method, optimizer: dict, state: dict, keep: int) -> None:
+    """Write it aside and rename it; then drop all but the last `keep`."""
+    path = folder / "checkpoints" / f"step_{step:06d}"
+    if path.exists():
+        return
+    aside = path.with_name(f".{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file(_contiguous(method.state_dict()), aside / "method.safetensors")
+    torch.save(optimizer, aside / "optimizer.pt")
+    (aside / "state.json").write_text(json.dumps({"step": step, **state}))
+    for file in aside.iterdir():
+        _flush(file)
+    aside.rename(path)
+    _flush(path.parent)
+    for old in _checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, method) -> tuple[dict, dict]:
+    """Put the last checkpoint's weights into `method`; return the optimiser's and the loop's state."""
+    found = _checkpoints(folder)
+    if not found:
+        raise UserError(f"--resume {folder}: no checkpoint there yet; start again in another folder")
+    method.load_state_dict(load_file(found[-1] / "method.safetensors"))
+    optimizer = torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True)
+    return optimizer, json.loads((found[-1] / "state.json").read_text())
+
+
+def save_backbone(folder: Path, backbone) -> None:
+    weights = save(_contiguous(backbone.state_dict()))
+    write(folder / "backbone.safetensors", lambda file: file.write_bytes(weights))

@@ -1,0 +1,376 @@
+"""Datasets: every source, every kind of image, every refusal; batches that do not depend on who makes them."""
+
+import io
+import json
+import shutil
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from PIL import Image
+
+import data
+from bsim import ViewRecipe
+from flags import UserError
+
+RECIPES = (ViewRecipe(16), ViewRecipe(16, scale=(0.5, 1)))
+
+
+def picture(seed, height=12, width=12, mode="RGB"):
+    """A smooth colour picture: survives JPEG and quantisation."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def table(n=20, size=(12, 12), **columns):
+    features = Features(img=datasets.Image(), label=ClassLabel(names=["cat", "dog"]))
+    rows = Dataset.from_dict(
+        {"img": [picture(i, *size) for i in range(n)], "label": [i % 2 for i in range(n)]}, features
+    )
+    for name, values in columns.items():
+        rows = rows.add_column(name, values)
+    return rows
+
+
+def folder(place, n=12, size=(12, 12)):
+    for i in range(n):
+        path = place / "pets" / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i, *size).save(path)
+    return place / "pets"
+
+
+# Images.
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "LA", "1", "I;16", "I", "F"])
+def test_every_mode_comes_out_as_rgb(mode):
+    gray = mode in ("L", "LA", "1", "I;16", "I", "F")
+    original = picture(3).convert("L").convert("RGB") if gray else picture(3)
+    values = np.asarray(original.convert("L"))
+    if mode == "I;16":
+        image = Image.fromarray(values.astype(np.uint16) * 257)
+        assert image.mode == "I;16"
+    elif mode == "I":
+        image = Image.fromarray(values.astype(np.int32) * 257)
+    elif mode == "F":
+        image = Image.fromarray(values.astype(np.float32) / 255)
+    elif mode == "1":
+        image = original.convert("1")
+        original = image.convert("RGB")
+    else:
+        image = original.convert(mode)
+    kind = {"CMYK": "JPEG", "F": "TIFF", "I": "TIFF"}.get(mode, "PNG")
+    record = {"bytes": encoded(image, kind, **({"quality": 100} if kind == "JPEG" else {})), "path": None}
+    found = data.decode(record)
+    assert found.mode == "RGB"
+    apart = np.abs(np.asarray(found, int) - np.asarray(original, int))
+    assert apart.max() <= (24 if mode in ("P", "CMYK") else 1), apart.max()
+
+
+def test_sixteen_bits_keep_their_range():
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    found = np.asarray(data.decode({"bytes": encoded(Image.fromarray(ramp)), "path": None}))[..., 0].ravel()
+    np.testing.assert_allclose(found, ramp.ravel() / 257, atol=0.51)
+    dark = np.full((4, 4), 200, np.uint16)  # almost black, not mid-gray
+    assert np.asarray(data.decode({"bytes": encoded(Image.fromarray(dark)), "path": None})).max() <= 1
+
+
+def test_transparency_is_laid_on_white_and_orientation_is_followed():
+    image = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
+    image.putpixel((0, 0), (10, 20, 30, 255))
+    found = data.decode({"bytes": encoded(image), "path": None})
+    assert found.getpixel((0, 0)) == (10, 20, 30) and found.getpixel((3, 3)) == (255, 255, 255)
+    palette = image.convert("P")
+    palette.info["transparency"] = palette.getpixel((3, 3))
+    found = data.decode({"bytes": encoded(palette, transparency=palette.getpixel((3, 3))), "path": None})
+    assert found.getpixel((3, 3)) == (255, 255, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter
+    turned = data.decode({"bytes": encoded(picture(0, 4, 8), "JPEG", exif=exif), "path": None})
+    assert turned.size == (4, 8)
+
+
+def test_an_image_bomb_is_refused_before_it_is_decoded():
+    header = encoded(Image.new("1", (8, 8)))
+    import struct
+    import zlib
+
+    chunk = b"IHDR" + struct.pack(">II", 60_000, 60_000) + header[24:29]
+    bomb = header[:8] + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + header[33:]
+    with pytest.raises(ValueError, match="60000|3600000000"):
+        data.decode({"bytes": bomb, "path": None})
+
+
+# Sources.
+
+
+def every_source(place, streaming=False):
+    rows = table()
+    rows.to_parquet(place / "rows.parquet")
+    both = DatasetDict(train=rows, test=table(6))
+    both.save_to_disk(place / "saved")
+    (place / "parquets").mkdir()
+    rows.to_parquet(place / "parquets" / "train.parquet")
+    table(6).to_parquet(place / "parquets" / "test.parquet")
+    with tarfile.open(place / "shard.tar", "w") as tar:
+        for i in range(20):
+            for name, content in ((f"{i:03d}.png", encoded(picture(i))), (f"{i:03d}.cls", str(i % 2).encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    arrow = next((place / "saved" / "train").glob("*.arrow"))
+    shutil.copy(arrow, place / "rows.arrow")
+    found = {name: place / name for name in ("rows.parquet", "saved", "parquets", "shard.tar", "rows.arrow")}
+    return {**found, "folder": folder(place, 20), "glob": place / "*.parquet"}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return every_source(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["rows.parquet", "saved", "parquets", "shard.tar", "rows.arrow", "folder", "glob"])
+def test_every_source_gives_the_same_images(sources, name, streaming):
+    source = data.open_source(str(sources[name]), streaming=streaming)
+    wanted = sorted(np.asarray(picture(i)).tobytes() for i in range(20))
+    if streaming:
+        records = list(source.train)
+        held = [source.queries[0].table[i] for i in source.queries[1].tolist()]
+        records = records if name in ("saved", "parquets") else held  # a stream without a test split lends its head
+        found = sorted(np.asarray(data.decode(record["image"])).tobytes() for record in records)
+    else:
+        everything = torch.arange(len(source.train))
+        found = sorted(x.permute(1, 2, 0).numpy().tobytes() for x in source.train.whole(everything, 12))
+        labels = source.train.labels(everything)
+        assert sorted(labels.tolist()) == [0] * 10 + [1] * 10
+        assert source.queries[1].numel() == (6 if name in ("saved", "parquets") else 2)
+    assert found == wanted
+
+
+def test_digits_are_scikit_learns_scans():
+    from sklearn.datasets import load_digits
+
+    source = data.open_source("digits")
+    scans = load_digits()
+    pixels = source.train.whole(torch.arange(1797), 8)
+    assert (pixels == pixels[:, :1]).all()
+    np.testing.assert_allclose(pixels[:, 0].numpy(), scans.images * 255 / 16, atol=0.51)
+    assert source.train.labels(torch.arange(1797)).tolist() == scans.target.tolist()
+    assert len(source.rows) == 1618 and len(source.queries[1]) == 179
+    assert not set(source.rows.tolist()) & set(source.queries[1].tolist())
+
+
+def test_a_part_of_a_split(sources):
+    source = data.open_source(str(sources["parquets"]), split="train[5:15]")
+    assert source.images == 10 and len(source.queries[1]) == 6
+    stream = data.open_source(str(sources["parquets"]), split="train[5:15]", streaming=True)
+    assert len(list(stream.train)) == 10
+
+
+def test_second_opening_reads_the_cache(sources, monkeypatch):
+    data.open_source(str(sources["rows.parquet"]))
+    monkeypatch.setattr(data, "to_rgb", lambda image: pytest.fail("decoded again") if image.height > 12 else image)
+    calls = []
+    monkeypatch.setattr(data, "decode", lambda record: calls.append(1) or picture(0))
+    data.open_source(str(sources["rows.parquet"]))
+    assert len(calls) == 1  # the first image, to learn its size
+
+
+def test_labels_are_optional(place):
+    table(20).remove_columns("label").to_parquet(place / "bare.parquet")
+    source = data.open_source("bare.parquet")
+    assert source.bank is None and source.queries is None and source.images == 20
+    source = data.open_source("bare.parquet", streaming=True)
+    assert source.bank is None
+
+
+def test_columns_by_type_and_by_flag(place):
+    rows = table(20).add_column("other", table(20)["img"]).cast_column("other", datasets.Image())
+    rows.to_parquet(place / "two.parquet")
+    with pytest.raises(UserError, match="images in columns img, other; choose: --image_column img"):
+        data.open_source("two.parquet")
+    assert data.open_source("two.parquet", image_column="other").images == 18
+    with pytest.raises(UserError, match=r"--image_column image: no such column .* img \("):
+        data.open_source("two.parquet", image_column="image")
+    with pytest.raises(UserError, match="--image_column label: int64 is no image column"):
+        data.open_source("two.parquet", image_column="label")
+
+    rows = table(20, fine=[i % 4 for i in range(20)]).cast_column("fine", ClassLabel(num_classes=4))
+    rows.to_parquet(place / "labels.parquet")
+    with pytest.raises(UserError, match="classes in columns label, fine; choose: --label_column label, or none"):
+        data.open_source("labels.parquet")
+    source = data.open_source("labels.parquet", label_column="fine")
+    assert set(source.train.labels(torch.arange(20)).tolist()) == {0, 1, 2, 3}
+    assert data.open_source("labels.parquet", label_column="none").queries is None
+
+    rows = table(20).cast_column("label", Value("int64")).add_column("name", ["ab"[i % 2] for i in range(20)])
+    rows.to_parquet(place / "plain.parquet")
+    assert data.open_source("plain.parquet").train.labels(torch.arange(4)).tolist() == [0, 1, 0, 1]
+    source = data.open_source("plain.parquet", label_column="name")
+    assert source.train.labels(torch.arange(4)).tolist() == [0, 1, 0, 1]
+
+    plain = Features(img={"bytes": Value("binary"), "path": Value("string")}, raw=Value("binary"))
+    png = [encoded(picture(i)) for i in range(10)]
+    Dataset.from_dict({"img": [{"bytes": p, "path": None} for p in png], "raw": png}, plain).to_parquet("bytes.parquet")
+    assert data.open_source("bytes.parquet").images == 10
+    assert data.open_source("bytes.parquet", image_column="raw").images == 10
+
+
+@pytest.mark.parametrize(
+    "spec, options, message",
+    [
+        ("/no/such/place", {}, "--dataset /no/such/place: no such file or folder"),
+        ("nobody/has-this", {}, "--dataset nobody/has-this: is no file or folder here, and the Hub did not serve it"),
+        ("empty", {}, "--dataset empty: cannot be read"),
+        ("words.csv", {}, "want files that end in .parquet, .arrow, .tar"),
+        ("text.parquet", {}, r"no column holds images; it has text \(string\)"),
+        ("digits", dict(split="tset"), "split 'tset': digits has train"),
+        ("digits", dict(split="train[10:5]"), "has no rows"),
+        ("digits", dict(eval_split="test"), "split 'test': digits has train"),
+        ("broken.parquet", {}, "--dataset broken.parquet: cannot be read"),
+    ],
+)
+def test_refusals(place, spec, options, message):
+    (place / "empty").mkdir()
+    (place / "words.csv").write_text("a,b\n")
+    (place / "broken.parquet").write_bytes(b"PAR1 nothing")
+    Dataset.from_dict({"text": ["a", "b"]}).to_parquet("text.parquet")
+    with pytest.raises(UserError, match=message) as caught:
+        data.open_source(spec, **options)
+    assert "\n" not in str(caught.value)
+
+
+# Bad images.
+
+
+def spoiled(place, n=20, size=(12, 12), bad=(7, 13)):
+    path = folder(place, n, size)
+    for i in bad:
+        file = path / ("cat", "dog")[i % 2] / f"{i}.png"
+        file.write_bytes(file.read_bytes()[:40])
+    return path
+
+
+def test_a_corrupt_small_image_names_its_row_or_is_left_out(place):
+    path = spoiled(place)
+    with pytest.raises(UserError, match=r"row \d+ of the dataset is not an image .* --skip_bad_images"):
+        data.open_source(str(path))
+    source = data.open_source(str(path), skip_bad_images=True)
+    assert source.skipped == 2 and len(source.train) == 18
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_large_image_names_its_row_or_is_replaced(place, workers):
+    path = spoiled(place, size=(70, 90))
+    for skip in (False, True):
+        source = data.open_source(str(path), skip_bad_images=skip, label_column="none")
+        batches = data.Batches(source, RECIPES, batch_size=20, part_size=20, rank=0, world=1, seed=0)
+        found = next(iter(data.loader(batches, 0, 1, workers, pin=False)))
+        if skip:
+            assert found[0].shape == found[1].shape == (20, 3, 16, 16) and found[2] == 2
+        else:
+            assert isinstance(found, UserError) and "row" in str(found)
+
+
+def test_a_dataset_of_bad_images_only_ends(place):
+    path = spoiled(place, 6, (70, 90), bad=range(6))
+    with pytest.raises(UserError, match="no rows that can be read"):
+        data.open_source(str(path), skip_bad_images=True)
+
+
+# Batches.
+
+
+def shares(source, world, accumulate, step):
+    found = []
+    for micro in range(accumulate):
+        for rank in range(world):
+            size = 16 // (world * accumulate)
+            batches = data.Batches(source, RECIPES, batch_size=16, part_size=size, rank=rank, world=world, seed=5)
+            found.append(batches.rows(step * accumulate + micro))
+    return torch.cat(found)
+
+
+def test_the_images_of_a_step_do_not_depend_on_processes_or_parts():
+    source = data.open_source("digits")
+    for step in (0, 3, 100, 101, 250):  # 101 steps an epoch
+        alone = shares(source, 1, 1, step)
+        assert len(set(alone.tolist())) == 16
+        for world, accumulate in ((2, 1), (1, 2), (4, 2)):
+            assert torch.equal(shares(source, world, accumulate, step), alone)
+
+
+def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
+    source = data.open_source("digits")
+    epochs = [torch.cat([shares(source, 1, 1, e * 101 + i) for i in range(101)]) for e in (0, 1)]
+    for rows in epochs:
+        assert len(set(rows.tolist())) == 101 * 16 and set(rows.tolist()) <= set(source.rows.tolist())
+    assert not torch.equal(*epochs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_large_batches_start_anywhere_and_are_the_same_with_workers(place, workers):
+    source = data.open_source(str(folder(place, 20, (80, 100))))
+    assert source.train.in_workers and source.side == 100
+    batches = data.Batches(source, RECIPES, batch_size=6, part_size=6, rank=0, world=1, seed=1)
+    whole = [batches[i] for i in range(7)]
+    for i, (a, b, _) in zip(range(3, 7), data.loader(batches, 3, 7, workers, pin=False)):
+        assert torch.equal(a, whole[i][0]) and torch.equal(b, whole[i][1])
+    assert not torch.equal(whole[0][0], whole[0][1]) and not torch.equal(whole[0][0], whole[3][0])
+
+
+def test_workers_crop_as_the_device_would(place):
+    """A PIL crop of a large image against the core's of the same box."""
+    from bsim import random_crop_box, resized_crop
+
+    image = picture(4, 90, 120)
+    a, _ = data.crop_pairs([image], RECIPES, data.generator(1))
+    box = random_crop_box(1, 90, 120, RECIPES[0].scale, RECIPES[0].ratio, generator=data.generator(1))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    assert float((resized_crop(pixels, box, 16) - a / 255).abs().max()) < 2 / 255
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_show_every_image_and_start_anywhere(place, workers):
+    for shard in range(4):
+        table(12).select(range(shard * 3, shard * 3 + 3)).to_parquet(place / f"part-{shard}.parquet")
+    source = data.open_source("part-*.parquet", streaming=True, label_column="none")
+    make = dict(part_size=3, rank=0, world=1, seed=2, skip_bad=False)
+
+    def batches(start, n):
+        stream = data.StreamBatches(source, RECIPES, **make, start=start)
+        return [pair[0] for _, pair in zip(range(n), data.loader(stream, start, 99, workers, pin=False))]
+
+    whole = batches(0, 9)
+    for i, batch in enumerate(batches(5, 4)):
+        assert torch.equal(batch, whole[5 + i])
+    assert len({batch.numpy().tobytes() for batch in whole}) == 9
+
+
+def test_two_processes_share_a_stream(place):
+    for shard in range(4):
+        table(12).select(range(shard * 3, shard * 3 + 3)).to_parquet(place / f"part-{shard}.parquet")
+    source = data.open_source("part-*.parquet", streaming=True, label_column="none")
+    found = []
+    for rank in (0, 1):
+        stream = data.StreamBatches(source, RECIPES, part_size=1, rank=rank, world=2, seed=2, skip_bad=False)
+        found.append({record["image"]["bytes"] for record in stream.stream})
+    assert len(found[0]) == len(found[1]) == 6 and not found[0] & found[1]
+
+
+def test_generators_depend_on_every_number():
+    draws = {float(torch.rand((), generator=data.generator(*key))) for key in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (0, 1))}
+    assert len(draws) == 4
+    assert json.dumps(data.generator(1, 2).initial_seed()) == json.dumps(data.generator(1, 2).initial_seed())

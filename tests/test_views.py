@@ -1,0 +1,262 @@
+"""View operations against torchvision's, image by image with the same parameters; draws against their recipe."""
+
+import ast
+import inspect
+import math
+import sys
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision.transforms.v2 as T
+import torchvision.transforms.v2.functional as TF
+
+import bsim
+from bsim import ViewRecipe, make_view
+
+NOTHING = ViewRecipe(16, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0, mean=(0,) * 3, std=(1,) * 3)
+WITHIN = 2 / 255
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def images(n=6, height=40, width=52, seed=0):
+    """Smooth colour with noise, gray, black, white and saturated pixels."""
+    x = torch.rand(n, 3, 6, 7, generator=generator(seed))
+    x = torch.nn.functional.interpolate(x, (height, width), mode="bicubic").clamp(0, 1)
+    x[:, :, :5] = torch.rand(n, 3, 5, width, generator=generator(seed + 1))
+    for i, (channels, value) in enumerate([(slice(0, 3), 0), (slice(0, 3), 1), (slice(1, 3), 0), (slice(0, 3), 0.5)]):
+        x[i : i + 1, channels, 5:9] = value
+    return x
+
+
+def each(operation, x, *parameters):
+    return torch.stack([operation(x[i], *(p[i] for p in parameters)) for i in range(len(x))])
+
+
+def close(found, wanted):
+    assert found.shape == wanted.shape
+    assert float((found - wanted).abs().max()) < WITHIN
+
+
+@pytest.mark.parametrize("size", [5, 16, 33, 64, 120])
+def test_crop_and_flip(size):
+    x = images()
+    boxes = torch.tensor(
+        [[0, 0, 40, 52], [3, 5, 20, 30], [39, 51, 1, 1], [10, 20, 7, 9], [30, 0, 10, 52], [0, 4, 40, 8]]
+    )
+    flips = torch.tensor([False, True, False, True, True, False])
+
+    def wanted(image, box, flip):
+        image = TF.resized_crop(image, *box.tolist(), [size, size], antialias=True)
+        return TF.horizontal_flip(image) if flip else image
+
+    close(bsim.resized_crop(x, boxes, size, flips), each(wanted, x, boxes, flips))
+
+
+@pytest.mark.parametrize(
+    "name, low, high", [("brightness", 0, 2), ("contrast", 0, 2), ("saturation", 0, 2), ("hue", -0.5, 0.5)]
+)
+def test_jitter(name, low, high):
+    x = images()
+    factors = torch.linspace(low, high, len(x))
+    wanted = each(lambda image, f: getattr(TF, f"adjust_{name}")(image, float(f)), x, factors)
+    close(getattr(bsim, f"adjust_{name}")(x, factors), wanted)
+
+
+@pytest.mark.parametrize("radius", [1, 3, 11, 39])
+def test_blur(radius):
+    x = images()
+    sigmas = torch.tensor([0.1, 0.3, 0.7, 1.0, 1.6, 2.0]) * (1 if radius < 39 else 12)
+    kernel = [2 * radius + 1] * 2
+    wanted = each(lambda image, s: TF.gaussian_blur(image, kernel, [float(s)] * 2), x, sigmas)
+    close(bsim.gaussian_blur(x, sigmas, radius), wanted)
+
+
+def test_grayscale_and_solarize():
+    close(bsim.grayscale(images()), TF.rgb_to_grayscale(images(), 3))
+    close(bsim.solarize(images()), TF.solarize(images(), 0.5))
+
+
+def test_boxes_are_drawn_as_torchvision_draws_them():
+    for height, width, scale, ratio in (
+        (32, 32, (0.2, 1), (3 / 4, 4 / 3)),
+        (20, 60, (0.6, 1), (3 / 4, 4 / 3)),  # mostly none of ten fits: the central box
+        (60, 20, (0.9, 1), (3 / 4, 4 / 3)),
+        (48, 64, (0.08, 1), (0.5, 3)),
+    ):
+        n = 3000
+        ours = bsim.random_crop_box(n, height, width, scale, ratio, generator=generator(1))
+        theirs = torch.tensor([draw(height, width, scale, ratio) for _ in range(n)])
+        assert ((ours >= 0) & (ours[:, :2] + ours[:, 2:] <= torch.tensor([height, width])).repeat(1, 2)).all()
+        assert (ours[:, 2:] > 0).all()
+        for column in range(4):
+            apart = (ours[:, column].sort().values - theirs[:, column].sort().values).abs().float().mean()
+            assert apart < 0.05 * max(height, width), (height, width, column)
+
+
+def draw(height, width, scale, ratio):
+    crop = T.RandomResizedCrop(8, scale=scale, ratio=ratio)
+    found = crop.make_params([torch.empty(3, height, width)])
+    return [found[name] for name in ("top", "left", "height", "width")]
+
+
+def test_a_recipe_that_does_nothing_returns_the_image():
+    x = images(height=16, width=16)
+    close(make_view(x, NOTHING, generator=generator()), x)
+    byte = (x * 255).round().to(torch.uint8)
+    close(make_view(byte, NOTHING, generator=generator()), byte / 255)
+
+
+def test_normalisation():
+    x = images(height=16, width=16)
+    recipe = NOTHING._replace(mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
+    wanted = TF.normalize(x, [0.4, 0.5, 0.6], [0.1, 0.2, 0.3])
+    torch.testing.assert_close(make_view(x, recipe, generator=generator()), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change, wanted", [
+    (dict(flip=1), TF.horizontal_flip),
+    (dict(grayscale=1), lambda x: TF.rgb_to_grayscale(x, 3)),
+    (dict(solarize=1), lambda x: TF.solarize(x, 0.5)),
+    (dict(blur=1, blur_sigma=(2, 2), size=40), lambda x: TF.gaussian_blur(TF.resize(x, [40, 40]), [5, 5], [2, 2])),
+])  # fmt: skip
+def test_each_probability_switches_its_operation(change, wanted):
+    x = images(height=16, width=16)
+    close(make_view(x, NOTHING._replace(**change), generator=generator()), wanted(x))
+
+
+def test_every_image_draws_its_own():
+    x = images(1, 16, 16).expand(400, 3, 16, 16)
+    for change, share in ((dict(flip=0.5), 0.5), (dict(grayscale=0.2), 0.2), (dict(solarize=0.3), 0.3)):
+        views = make_view(x, NOTHING._replace(**change), generator=generator(4))
+        changed = ((views - x).abs().flatten(1).amax(1) > WITHIN).float().mean()
+        assert abs(float(changed) - share) < 0.1, change
+    views = make_view(x, NOTHING._replace(jitter=0.8), generator=generator(5))
+    distinct = len({tuple(v.flatten()[:50].tolist()) for v in views})
+    assert 290 < distinct < 350  # the fifth that drew no jitter is alike
+
+
+def test_jitter_comes_in_every_order():
+    """With a strong contrast and saturation the order shows: compare with torchvision's functions in all 24."""
+    x = torch.rand(1, 3, 16, 16, generator=generator(1)).expand(240, 3, 16, 16)
+    recipe = NOTHING._replace(jitter=1, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    draws = generator(8)
+    views = make_view(x, recipe, generator=draws)
+
+    # The same draws again, in make_view's order: what follows the box and the flip is the jitter's.
+    draws = generator(8)
+    bsim.random_crop_box(240, 16, 16, (1, 1), (1, 1), generator=draws)
+    torch.rand(240, generator=draws), torch.rand(240, generator=draws), torch.rand(240, 4, generator=draws)
+    factors = [0.6 + 0.8 * torch.rand(240, generator=draws) for _ in range(3)]
+    factors.append(-0.1 + 0.2 * torch.rand(240, generator=draws))
+    names = ("brightness", "contrast", "saturation", "hue")
+    orders = set()
+    for n in range(240):
+        for order in permutations(range(4)):
+            image = x[n]
+            for i in order:
+                image = getattr(TF, f"adjust_{names[i]}")(image, float(factors[i][n]))
+            if float((image - views[n]).abs().max()) < 1e-4:
+                orders.add(order)
+                break
+        else:
+            raise AssertionError(f"image {n} is no order of the four adjustments")
+    assert len(orders) > 15
+
+
+def test_randomness_is_the_generator_alone_and_the_input_stays():
+    x = images(height=20, width=20)
+    kept, state = x.clone(), torch.get_rng_state()
+    recipe = ViewRecipe(40, solarize=0.5)
+    first, again = (make_view(x, recipe, generator=generator(3)) for _ in range(2))
+    assert torch.equal(first, again) and torch.equal(torch.get_rng_state(), state) and torch.equal(x, kept)
+    assert not torch.equal(first, make_view(x, recipe, generator=generator(4)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(first, make_view(x, recipe, generator=generator(3)))
+    assert make_view(x.double(), recipe, generator=generator(3)).dtype == torch.float64
+    assert make_view(x.half(), recipe, generator=generator(3)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("x, message", [
+    (torch.rand(3, 8, 8), r"images: got shape \[3, 8, 8\], want \[N, 3, H, W\]"),
+    (torch.rand(2, 1, 8, 8), r"images: got shape \[2, 1, 8, 8\]"),
+    (torch.ones(2, 3, 8, 8, dtype=torch.int64), r"images: got torch.int64, want uint8, or float"),
+])  # fmt: skip
+def test_refusals(x, message):
+    with pytest.raises(ValueError, match=message):
+        make_view(x, NOTHING, generator=generator())
+
+
+# The core as something to paste from.
+
+
+def sections():
+    """The source of bsim.py between its rulers, without the head and the launcher."""
+    source = Path(bsim.__file__).read_text().partition("if __name__")[0]
+    return source.split("# " + "-" * 117)[1:]
+
+
+def test_a_function_runs_when_pasted_with_the_helpers_above_it():
+    x, partner = torch.randn(4, 8), torch.tensor([1, 2, 3, 0])
+    draws = dict(generator=generator())
+    calls = {
+        "mixup": lambda f: f(x.view(4, 2, 2, 2), torch.rand(4), partner),
+        "cutmix": lambda f: f(x.view(4, 2, 2, 2), torch.rand(4), partner, **draws),
+        "sample_mixture": lambda f: f(x.view(4, 2, 2, 2), **draws),
+        "nt_xent": lambda f: f(x, x + 1, weight=torch.rand(4), partner=partner, negatives=x),
+        "info_nce": lambda f: f(x, x + 1, x, weight=torch.rand(4), partner=partner),
+        "negative_cosine": lambda f: f(x, x + 1, weight=torch.rand(4), partner=partner),
+        "alignment": lambda f: f(x, x + 1),
+        "uniformity": lambda f: f(x),
+        "make_view": lambda f: f(torch.rand(4, 3, 9, 9), ViewRecipe(40, solarize=1), **draws),
+    }
+    head = "import math\nfrom typing import NamedTuple\nimport torch\nimport torch.nn.functional as F\n"
+    head += "from einops import rearrange\nfrom torch import Tensor\n"
+    for name, call in calls.items():
+        section = next(s for s in sections() if f"def {name}(" in s)
+        tree = ast.parse(section)
+        end = next(node.end_lineno for node in tree.body if getattr(node, "name", "") == name)
+        space = {}
+        exec(head + "\n".join(section.splitlines()[:end]), space)
+        call(space[name])
+
+
+def test_imports_are_torch_einops_and_the_standard_library():
+    tree = ast.parse(Path(bsim.__file__).read_text().partition("if __name__")[0])
+    found = {a.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    found |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert found <= {"torch", "einops"} | set(sys.stdlib_module_names)
+
+
+def test_every_public_function_says_its_shapes():
+    for name in "mixup cutmix sample_mixture nt_xent info_nce negative_cosine make_view alignment uniformity".split():
+        text = inspect.getdoc(getattr(bsim, name))
+        assert "[N" in text and "Raises ValueError" in text, name
+
+
+# The sphere.
+
+
+def test_alignment_and_uniformity_are_wang_and_isolas():
+    x, y = torch.randn(7, 4, generator=generator()), torch.randn(7, 4, generator=generator(1))
+    unit = [[v / math.sqrt(sum(q * q for q in row)) for v in row] for row in x.tolist()]
+    other = [[v / math.sqrt(sum(q * q for q in row)) for v in row] for row in y.tolist()]
+
+    def squared(p, q):
+        return sum((s - t) ** 2 for s, t in zip(p, q))
+
+    for power in (1, 2, 3):
+        wanted = sum(squared(p, q) ** (power / 2) for p, q in zip(unit, other)) / 7
+        assert float(bsim.alignment(x, y, power)) == pytest.approx(wanted, rel=1e-5)
+    for t in (1, 2):
+        pairs = [math.exp(-t * squared(unit[i], unit[j])) for j in range(7) for i in range(j)]
+        assert float(bsim.uniformity(x, t)) == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-5)
+    assert float(bsim.uniformity(torch.ones(5, 3))) == pytest.approx(0, abs=1e-5)
+    with pytest.raises(ValueError, match="N of 2 or more"):
+        bsim.uniformity(x[:1])
+    with pytest.raises(ValueError, match=r"want \[N, D\] twice"):
+        bsim.alignment(x, y[:3])
