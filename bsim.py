@@ -4,7 +4,7 @@ The whole idea as pure functions of tensors: views, mixtures, joint-similarity l
 Copy any of them, with the helpers above it in its section, into your own code: nothing else is needed.
 
 Paper: Chu, Zhan and Zhang, "Beyond Single Instance Multi-view Unsupervised Representation Learning", arXiv 2011.13356.
-Where it is silent the definitions are ours; docs/definitions.md says which.
+Where it is silent the definitions are ours; README.md says which.
 
 Randomness is an argument: every function that draws takes a `torch.Generator`, and none touches global state. A CPU
 generator gives the same draws whatever device the images are on, and drawing never waits for an accelerator.

@@ -263,17 +263,24 @@ def open_source(
 
 
 def _stream_source(train, held_out, skip_bad):
-    if "label" not in train.features:
-        return Source(train, None, None, None, max(_first_image(train, skip_bad).size), 0)
+    side = max(_first_image(train, skip_bad).size)
+    if "label" not in _features(train):
+        return Source(train, None, None, None, side, 0)
+    head = list(train.take(10_000))
+    queries = list(held_out.take(5_000)) if held_out is not None else head[: len(head) // 10]
     if held_out is None:
-        held_out, train = train.take(1000), train.skip(1000)
+        head, train = head[len(queries) :], train.skip(len(queries))
 
-    def sample(stream, n):
-        rows = Dataset.from_list(list(stream.take(n)), features=train.features)
+    def images(records):
+        rows = Dataset.from_list(records, features=train.features)
         return LargeImages(rows, skip_bad), torch.arange(len(rows))
 
-    bank = sample(train, 10_000)
-    return Source(train, None, bank, sample(held_out, 5_000), max(_first_image(train, skip_bad).size), 0)
+    return Source(train, None, images(head), images(queries), side, 0)
+
+
+def _features(rows):
+    """The features of a dataset, or of a stream, which may know them only from its first row."""
+    return rows.features or Dataset.from_list(list(rows.take(1))).features
 
 
 def _first_image(rows, skip_bad):
@@ -348,7 +355,7 @@ def _take_split(splits, wanted, spec):
 
 def _columns(rows, spec, image, label, names=None):
     """`rows` with only the columns "image", undecoded, and "label" where there is one; and the names of its classes."""
-    features = rows.features or Dataset.from_list(list(rows.take(1))).features
+    features = _features(rows)
 
     def is_image(feature):
         return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})

@@ -17,6 +17,8 @@ from fire.decorators import SetParseFns
 class UserError(ValueError):
     """A mistake of the user's, in one line: what was given, what is wanted, what to type instead."""
 
+    everywhere = True  # every process meets it, so one is enough to say it
+
 
 def nearest(word: str, names) -> str:
     """'; did you mean X?', or nothing where no name is near."""
@@ -67,9 +69,8 @@ def check(function, arguments: list[str]) -> list[str]:
         if name not in kinds and name.startswith("no") and bool in kinds.get(name[2:], ()):
             name, equals, text = name[2:], "=", "False"
         if name not in kinds:
-            raise UserError(
-                f"--{name}: no such flag{nearest(name, kinds).replace('mean ', 'mean --')} --help lists them"
-            )
+            hint = nearest(name, kinds).replace("mean ", "mean --") or ";"
+            raise UserError(f"--{name}: no such flag{hint} --help lists them")
         if name in settled:
             raise UserError(f"--{name}: given twice")
         if not equals:
@@ -100,7 +101,6 @@ def help_text(function, name: str) -> str:
 def launch(function, name: str) -> None:
     """Run `function` with the flags of the command line. A user's mistake is one line and exit code 2."""
     arguments = sys.argv[1:]
-    speaks = os.environ.get("RANK", "0") == "0"
     if {"--help", "-h"} & set(arguments):
         print(help_text(function, name))
         return
@@ -109,6 +109,6 @@ def launch(function, name: str) -> None:
         parsers = {flag: _parser(flag, kinds) for flag, kinds in _kinds(function).items()}
         fire.Fire(SetParseFns(**parsers)(function), command=arguments, name=name, serialize=lambda result: None)
     except UserError as error:
-        if speaks:
+        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)

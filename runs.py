@@ -66,6 +66,17 @@ def choose(out: str | None, method: str, dataset: str) -> Path:
     return folder
 
 
+def create(out: str | None, method: str, dataset: str) -> Path:
+    """Make the folder of a new run. Two runs that start at once never get the same."""
+    while True:
+        folder = choose(out, method, dataset)
+        try:
+            folder.mkdir(parents=True, exist_ok=out is not None)
+            return folder
+        except FileExistsError:  # another run was quicker
+            continue
+
+
 def config_of(folder: Path) -> dict:
     """The settings of the run in `folder`."""
     if not (folder / "config.json").exists():

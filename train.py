@@ -2,9 +2,7 @@
 
 import logging
 import math
-import os
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,18 +16,11 @@ from tqdm.auto import tqdm
 import data
 import pictures
 import runs
-from bsim import ViewRecipe, make_view, sample_mixture
-from eval.knn import knn_predict, neighbours
-from flags import UserError, nearest, one_of
+import settings
+from bsim import make_view, sample_mixture
+from eval.knn import knn_accuracy, pixels
+from flags import UserError
 from methods import METHODS
-from methods.networks import SMALL, backbone_names
-from methods.networks import backbone as build_backbone
-
-OPTIMIZERS = ("sgd", "lars", "adamw")
-OF_METHODS = ("optimizer", "lr", "weight_decay", "warmup_epochs", "temperature", "momentum", "queue")
-OF_METHODS += ("hidden_dim", "embedding_dim", "predictor_dim")
-LOOP = ("optimizer", "lr", "weight_decay", "warmup_epochs")  # the rest of a method's defaults its network takes
-MAY_CHANGE = "epochs steps log_every eval_every checkpoint_every keep log_with workers out resume".split()
 
 
 def pretrain(
@@ -53,7 +44,7 @@ def pretrain(
     flip: float | None = None,
     epochs: int | None = None,
     steps: int | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     accumulate: int = 1,
     optimizer: str | None = None,
     lr: float | None = None,
@@ -102,7 +93,8 @@ def pretrain(
       flip: share of views that are mirrored; by itself the method's
       epochs: passes over the data; by itself 100
       steps: optimiser steps, in place of epochs
-      batch_size: images a step, over all processes and parts
+      batch_size: images a step, over all processes and parts; by itself 256, for under
+        16,384 images 128 or 64
       accumulate: parts into which a process cuts its share of a step's batch
       mixed_precision: no, fp16 or bf16; by itself as `accelerate config` says
       compile: torch.compile
@@ -127,11 +119,13 @@ def pretrain(
       keep: checkpoints to keep
       log_with: tensorboard, wandb or trackio beside metrics.jsonl
     """
-    given = {name: value for name, value in locals().items()}
-    s, folder = _settings(given)
+    given = dict(locals())
+    s, folder = settings.read(given, dict(zip(given, pretrain.__defaults__)))
     accelerator = _accelerator(s, folder)
     say = accelerator.print
     rank, world = accelerator.process_index, accelerator.num_processes
+    if not resume and accelerator.is_main_process:
+        runs.choose(s["out"], s["method"], s["dataset"])  # refuses a folder in use before anything is loaded
 
     # The data, and what depends on it.
     names = "dataset subset split eval_split image_column label_column streaming skip_bad_images seed".split()
@@ -139,10 +133,10 @@ def pretrain(
         source = data.open_source(**{"dataset": s["dataset"], **{name: s[name] for name in names}})
     method_file = METHODS[s["method"]]
     set_seed(s["seed"])
-    network = _resolve(s, source, method_file, accelerator)
+    network = settings.resolve(s, source, method_file, accelerator.device.type, world)
     part = s["batch_size"] // (world * s["accumulate"])
-    recipes = _recipes(s, method_file)
-    model = method_file.Method(network, **{k: s[k] for k in s["of_method"] if k not in LOOP})
+    recipes = settings.recipes(s, method_file)
+    model = method_file.Method(network, **{k: s[k] for k in s["of_method"] if k not in settings.LOOP})
     start, window, baselines = 0, {}, {}
     optimizer = _optimizer(model, s)
     if resume:
@@ -162,11 +156,13 @@ def pretrain(
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # The run folder.
-    if not resume:
-        folder = Path(broadcast_object_list([str(runs.choose(s["out"], s["method"], s["dataset"]))])[0])
     if accelerator.is_main_process:
-        _open_folder(folder, s, start)
+        folder = folder or runs.create(s["out"], s["method"], s["dataset"])
+        runs.cut_metrics(folder, start)
+        runs.write_json(folder / "config.json", {**s, "out": str(folder), "versions": runs.versions()})
+    folder = Path(broadcast_object_list([str(folder)])[0])
     if s["log_with"]:
+        accelerator.project_configuration.set_directories(str(folder))
         plain = {k: v for k, v in s.items() if isinstance(v, (int, float, str, bool))}
         accelerator.init_trackers("bsim", plain)
     say(
@@ -176,15 +172,15 @@ def pretrain(
     )
 
     def evaluate(features):
-        return _knn(accelerator, source, s, features)
+        return knn_accuracy(accelerator, source, features, image_size=s["image_size"], workers=s["workers"])
 
     if source.queries and s["eval_every"] and not baselines:
-        baselines = {"knn_pixels": evaluate(_pixel_features), "knn_random": evaluate(bare.backbone)}
+        baselines = {"knn_pixels": evaluate(pixels), "knn_random": evaluate(bare.backbone)}
         say(
             "k-NN before training: raw pixels {knn_pixels:.1f} %, random network {knn_random:.1f} %".format(**baselines)
         )
 
-    batches = _batches(source, recipes, s, part, rank, world, start, accelerator)
+    batches, parts = _batches(source, recipes, s, part, rank, world, start, accelerator)
     if source.rows is None or source.train.in_workers:  # cropped by the workers
         recipes = tuple(data.after_crop(recipe) for recipe in recipes)
 
@@ -195,8 +191,9 @@ def pretrain(
         for group in optimizer.param_groups:
             group["lr"] = s["peak_lr"] if group["constant"] else _lr(step, s)
         for micro in range(s["accumulate"]):
-            batch = next(batches)
+            batch = next(parts)
             if isinstance(batch, UserError):
+                batch.everywhere = False
                 raise batch
             *pair, bad = batch
             skipped += bad
@@ -211,7 +208,8 @@ def pretrain(
                 rule = dict(kind=s["mix"], alpha=s["alpha"], per_sample=s["per_sample"])
                 mixture = sample_mixture(views, **rule, generator=draws)
             if step == 0 and micro == 0 and accelerator.is_main_process:
-                pictures.draw_views(folder / "views.png", pair[0], a, b, mixture, recipes)
+                shown = pair[0] if source.rows is None else source.train.whole(batches.rows(0)[:8], s["image_size"])
+                pictures.draw_views(folder / "views.png", shown, a, b, mixture, recipes)
             with accelerator.accumulate(model):
                 losses = model(a, b, mixture, s["sim_weight"] > 0)
                 loss = _objective(losses, s["sim_weight"])
@@ -258,70 +256,10 @@ def pretrain(
 # Before the loop: settings.
 
 
-def _settings(given):
-    """Every flag checked as far as it can be without the data; with --resume, the run's own settings."""
-    defaults = dict(zip(pretrain.__code__.co_varnames, pretrain.__defaults__))
-    folder, s = None, dict(given)
-    if given["resume"]:
-        if given["resume"] is True and given["out"] is None:
-            raise UserError("--resume: name the run's folder, as in --resume runs/byol-digits-001")
-        folder = Path(given["out"] if given["resume"] is True else given["resume"]).expanduser()
-        config = runs.config_of(folder)
-        changed = {k: v for k, v in given.items() if v != defaults[k]}
-        differ = [k for k, v in changed.items() if k not in MAY_CHANGE and config.get(k) != v]
-        if differ:
-            said = ", ".join(f"{k} {config.get(k)} (not {changed[k]})" for k in differ)
-            raise UserError(f"--resume {folder}: that run has {said}; drop the flag, or start another run")
-        s = {k: config.get(k, defaults[k]) for k in defaults} | {k: changed[k] for k in changed if k in MAY_CHANGE}
-        if "epochs" in changed:
-            s["steps"] = None
-        elif s["epochs"] is not None and "steps" in changed:
-            s["epochs"] = None
-    elif given["epochs"] is not None and given["steps"] is not None:
-        raise UserError("--epochs and --steps: give one of them")
-    _check(s)
-    if not folder and s["out"]:
-        runs.choose(s["out"], s["method"], s["dataset"])
-    return s, folder
-
-
-def _check(s):
-    one_of("method", s["method"], METHODS)
-    one_of("mix", s["mix"], ("cutmix", "mixup", "either"))
-    if s["optimizer"] is not None:
-        one_of("optimizer", s["optimizer"], OPTIMIZERS)
-    if s["mixed_precision"] is not None:
-        one_of("mixed_precision", s["mixed_precision"], ("no", "fp16", "bf16"))
-    if s["log_with"] is not None:
-        one_of("log_with", s["log_with"], ("tensorboard", "wandb", "trackio"))
-        if not find_spec(s["log_with"]):
-            raise UserError(f"--log_with {s['log_with']}: is not installed; pip install {s['log_with']}")
-    if s["backbone"] is not None and s["backbone"] not in backbone_names():
-        names = backbone_names()
-        raise UserError(f"--backbone {s['backbone']}: no such timm model{nearest(s['backbone'], names)}")
-    ranges = {
-        "a share from 0 to 1": (lambda v: 0 <= v <= 1, "sim_weight momentum flip"),
-        "a share above 0, up to 1": (lambda v: 0 < v <= 1, "min_crop"),
-        "a number above 0": (lambda v: 0 < v < math.inf, "alpha lr temperature"),
-        "0 or more": (lambda v: 0 <= v < math.inf, "weight_decay warmup_epochs workers eval_every seed"),
-        "1 or more": (
-            lambda v: v >= 1,
-            "epochs steps batch_size accumulate queue hidden_dim embedding_dim predictor_dim log_every checkpoint_every"
-            " keep",
-        ),
-        "8 or more": (lambda v: v >= 8, "image_size"),
-    }
-    for wanted, (holds, names) in ranges.items():
-        for name in names.split():
-            if s[name] is not None and not holds(s[name]):
-                raise UserError(f"--{name} {s[name]}: want {wanted}")
-    if s["streaming"] and s["steps"] is None:
-        raise UserError("--streaming: the length of a stream is not known; say how long to train, as in --steps 10000")
-
-
 def _accelerator(s, folder):
     try:
         accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else it would not see torchrun's processes on a CPU
             mixed_precision=s["mixed_precision"],
             gradient_accumulation_steps=s["accumulate"],
             log_with=s["log_with"],
@@ -333,54 +271,6 @@ def _accelerator(s, folder):
     logging.getLogger("datasets").setLevel(logging.ERROR)
     s["mixed_precision"] = str(accelerator.mixed_precision)
     return accelerator
-
-
-def _resolve(s, source, method_file, accelerator):
-    """Fill in every setting that was left open; build and return the backbone."""
-    world, images = accelerator.num_processes, source.images
-    if s["image_size"] is None:
-        s["image_size"] = max(16, source.side) if source.side <= SMALL else 224
-    if s["backbone"] is None:
-        small = "resnet_tiny" if accelerator.device.type == "cpu" else "resnet18"
-        s["backbone"] = small if s["image_size"] <= SMALL else "resnet50"
-    if s["batch_size"] % (world * s["accumulate"]) or s["batch_size"] < 2 * world * s["accumulate"]:
-        parts = f"{world} processes x --accumulate {s['accumulate']}"
-        raise UserError(f"--batch_size {s['batch_size']}: want a multiple of {parts}, with 2 images or more for each")
-    if images is not None and s["batch_size"] > images:
-        raise UserError(
-            f"--batch_size {s['batch_size']}: the dataset has {images} images to train on; want at most that"
-        )
-    s["steps_per_epoch"] = images // s["batch_size"] if images else None
-    if s["steps"] is None:
-        s["epochs"] = s["epochs"] or 100
-        s["steps"] = s["epochs"] * s["steps_per_epoch"]
-    if s["eval_every"] is None:
-        s["eval_every"] = max(1, s["steps"] // 10)
-    if s["workers"] is None:
-        s["workers"] = min(8, max(1, (os.cpu_count() or 1) // world))
-
-    network = build_backbone(s["backbone"], s["image_size"])
-    scale = dict(image_size=s["image_size"], width=network.num_features, steps=s["steps"], images=images)
-    defaults = method_file.defaults(**scale)
-    for name in OF_METHODS:
-        if name not in defaults and s.get(name) is not None:
-            raise UserError(f"--{name}: {s['method']} has none")
-    s["of_method"] = list(defaults)
-    for name, value in defaults.items():
-        if s.get(name) is None:
-            s[name] = value
-    s["peak_lr"] = s["lr"] * s["batch_size"] / 256
-    s["warmup_steps"] = min(s["steps"] - 1, round(s["warmup_epochs"] * (s["steps_per_epoch"] or 0)))
-    return network
-
-
-def _recipes(s, method_file):
-    """The method's two recipes, with the crop and the flip that the flags or the data ask for."""
-    recipes = method_file.views(s["image_size"])
-    own = data.DIGITS if s["dataset"] == "digits" else dict(min_crop=recipes[0].scale[0], flip=recipes[0].flip)
-    for name, value in own.items():
-        s[name] = value if s[name] is None else s[name]
-    return tuple(recipe._replace(scale=(s["min_crop"], 1.0), flip=s["flip"]) for recipe in recipes)
 
 
 def _optimizer(model, s):
@@ -407,13 +297,6 @@ def _lr(step, s):
     return s["peak_lr"] * (1 + math.cos(math.pi * progress)) / 2
 
 
-def _open_folder(folder, s, start):
-    folder.mkdir(parents=True, exist_ok=True)
-    if start:
-        runs.cut_metrics(folder, start)
-    runs.write_json(folder / "config.json", {**s, "out": str(folder), "versions": runs.versions()})
-
-
 def _batches(source, recipes, s, part, rank, world, start, accelerator):
     share = dict(part_size=part, rank=rank, world=world, seed=s["seed"])
     first, last = start * s["accumulate"], s["steps"] * s["accumulate"]
@@ -423,7 +306,7 @@ def _batches(source, recipes, s, part, rank, world, start, accelerator):
     else:
         batches = data.Batches(source, recipes, **share, batch_size=s["batch_size"])
         workers = s["workers"] if source.train.in_workers else 0
-    return iter(data.loader(batches, first, last, workers, pin=accelerator.device.type == "cuda"))
+    return batches, iter(data.loader(batches, first, last, workers, pin=accelerator.device.type == "cuda"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,44 +342,6 @@ def _line(accelerator, window, losses, done, s):
     epoch = round(done / s["steps_per_epoch"], 3) if s["steps_per_epoch"] else None
     numbers = {k: values.get(k) for k in ("loss", "sim", "bsim")}
     return {"step": done, "epoch": epoch, **numbers, "lr": _lr(done - 1, s), "feature_std": values["feature_std"]}
-
-
-def _pixel_features(images):
-    """At most 32 x 32 pixels, as one row an image."""
-    return F.adaptive_avg_pool2d(images, 32).flatten(1) if images.shape[-1] > 32 else images.flatten(1)
-
-
-@torch.no_grad()
-def _features(accelerator, network, part, s):
-    """Features and labels of (images, rows), in the same order on every process; each computes its share."""
-    images, rows = part
-    rank, world = accelerator.process_index, accelerator.num_processes
-    padded = torch.cat([rows, rows[: -len(rows) % world]])
-    clean = ViewRecipe(s["image_size"], scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
-    found = []
-    for batch in data.whole_images(images, padded[rank::world], s["image_size"], workers=s["workers"]):
-        view = make_view(batch.to(accelerator.device), clean, generator=torch.Generator())
-        with accelerator.autocast():
-            found.append(network(view).float())
-    found = accelerator.gather(torch.cat(found))
-    found = found.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[: len(rows)]
-    return found, images.labels(rows).to(found.device)
-
-
-def _knn(accelerator, source, s, network):
-    """k-NN accuracy in per cent; pixels, which have no direction of their own, are centred first."""
-    module = isinstance(network, nn.Module)
-    if module:
-        network.eval()
-    bank, labels = _features(accelerator, network, source.bank, s)
-    queries, truth = _features(accelerator, network, source.queries, s)
-    if module:
-        network.train()
-    else:
-        bank, queries = bank - bank.mean(0), queries - bank.mean(0)
-    known, asked = labels >= 0, truth >= 0
-    bank, labels, queries, truth = bank[known], labels[known], queries[asked], truth[asked]
-    return float((knn_predict(queries, bank, labels, k=neighbours(labels)) == truth).float().mean() * 100)
 
 
 def _summary(folder, s, knn, baselines, skipped):

@@ -2,6 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+import data
+from bsim import ViewRecipe, make_view
 
 
 @torch.no_grad()
@@ -25,3 +29,41 @@ def knn_predict(queries, bank, labels, *, k=200, temperature=0.1, tile=1 << 24):
 def neighbours(labels) -> int:
     """k for a bank of this size: Wu et al.'s 200, but at most a tenth of a class (a small bank has no 200 alike)."""
     return max(1, min(200, len(labels) // (10 * (int(labels.max()) + 1))))
+
+
+def pixels(images):
+    """At most 32 x 32 pixels, as one row an image."""
+    return F.adaptive_avg_pool2d(images, 32).flatten(1) if images.shape[-1] > 32 else images.flatten(1)
+
+
+@torch.no_grad()
+def features(accelerator, network, part, *, image_size, workers=0):
+    """Features and labels of (images, rows), in the same order on every process; each computes its share."""
+    images, rows = part
+    rank, world = accelerator.process_index, accelerator.num_processes
+    padded = torch.cat([rows, rows[: -len(rows) % world]])
+    clean = ViewRecipe(image_size, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
+    found = []
+    for batch in data.whole_images(images, padded[rank::world], image_size, workers=workers):
+        view = make_view(batch.to(accelerator.device), clean, generator=torch.Generator())
+        with accelerator.autocast():
+            found.append(network(view).float())
+    found = accelerator.gather(torch.cat(found))
+    found = found.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[: len(rows)]
+    return found, images.labels(rows).to(found.device)
+
+
+def knn_accuracy(accelerator, source, network, **options):
+    """k-NN accuracy in per cent; pixels, which have no direction of their own, are centred first."""
+    module = isinstance(network, nn.Module)
+    if module:
+        network.eval()
+    bank, labels = features(accelerator, network, source.bank, **options)
+    queries, truth = features(accelerator, network, source.queries, **options)
+    if module:
+        network.train()
+    else:
+        bank, queries = bank - bank.mean(0), queries - bank.mean(0)
+    known, asked = labels >= 0, truth >= 0
+    bank, labels, queries, truth = bank[known], labels[known], queries[asked], truth[asked]
+    return float((knn_predict(queries, bank, labels, k=neighbours(labels)) == truth).float().mean() * 100)

@@ -1,0 +1,88 @@
+"""What a step of pure BSIM costs beside a step of the plain method: views, mixture, network, loss and optimiser.
+
+    python benchmarks/cost.py [--threads 2] [--repeats 9] [--batch_size 256] [--backbone resnet_tiny] [--image_size 32]
+
+The two take turns in one process; the ratio is the median over the turns, its spread their quartiles.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+
+from bsim import make_view, sample_mixture  # noqa: E402
+from methods import METHODS  # noqa: E402
+from methods.networks import backbone  # noqa: E402
+from settings import LOOP  # noqa: E402
+from train import _objective, _optimizer  # noqa: E402
+
+ALLOWED = {"simclr": 1.10, "moco": 1.10, "byol": 1.10, "simsiam": 1.45}
+
+
+def stepper(name, sim_weight, options, device):
+    """A function that takes one training step on random bytes, and returns its seconds."""
+    file, size = METHODS[name], options.image_size
+    network = backbone(options.backbone, size)
+    s = file.defaults(image_size=size, width=network.num_features, steps=10_000, images=50_000)
+    model = file.Method(network, **{k: v for k, v in s.items() if k not in LOOP})
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = _optimizer(model, {**s, "peak_lr": 0.01})
+    recipes, draws = file.views(size), torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (options.batch_size, 3, size, size), dtype=torch.uint8, device=device)
+
+    def step():
+        start = time.perf_counter()
+        a, b = (make_view(images, recipe, generator=draws) for recipe in recipes)
+        mixture = None
+        if sim_weight < 1:
+            mixture = sample_mixture(torch.cat([a, b], 1) if model.both_views else a, generator=draws)
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+            losses = model(a, b, mixture, sim_weight > 0)
+        _objective(losses, sim_weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step(0.5)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--backbone", default="resnet_tiny")
+    parser.add_argument("--image_size", type=int, default=32)
+    parser.add_argument("--bf16", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(
+        f"torch {torch.__version__}, {device}, {options.threads} threads, {options.backbone}, {options.image_size} px,"
+    )
+    print(f"batch {options.batch_size}, {options.repeats} turns\n")
+    print("| method | SIM ms | BSIM ms | BSIM / SIM | quartiles | allowed |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, allowed in ALLOWED.items():
+        plain, pure = (stepper(name, w, options, device) for w in (1.0, 0.0))
+        for _ in range(2):  # the first steps pay for what is set up once
+            plain(), pure()
+        turns = [(plain(), pure()) for _ in range(options.repeats)]
+        ratios = [b / a for a, b in turns]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        sim, bsim = (1000 * statistics.median(column) for column in zip(*turns))
+        print(
+            f"| {name} | {sim:.0f} | {bsim:.0f} | {middle:.2f} | {low:.2f} to {high:.2f} | {allowed:.2f} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Settings: the flags checked, the ones left open filled in, and those of a run that is resumed."""
+
+import math
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import data
+import runs
+from flags import UserError, nearest, one_of
+from methods import METHODS
+from methods.networks import SMALL, backbone_names
+from methods.networks import backbone as build_backbone
+
+OPTIMIZERS = ("sgd", "lars", "adamw")
+LOOP = ("optimizer", "lr", "weight_decay", "warmup_epochs")  # of a method's defaults, those its network does not take
+NETWORK = ("temperature", "momentum", "queue", "hidden_dim", "embedding_dim", "predictor_dim")
+MAY_CHANGE = "epochs steps log_every eval_every checkpoint_every keep log_with workers out resume".split()
+
+
+def read(given: dict, defaults: dict) -> tuple[dict, Path | None]:
+    """The settings, checked as far as they can be without the data, and with --resume the run's folder."""
+    folder, s = None, dict(given)
+    if given["resume"]:
+        if given["resume"] is True and given["out"] is None:
+            raise UserError("--resume: name the run's folder, as in --resume runs/byol-digits-001")
+        folder = Path(given["out"] if given["resume"] is True else given["resume"]).expanduser()
+        config = runs.config_of(folder)
+        changed = {k: v for k, v in given.items() if v != defaults[k]}
+        differ = [k for k, v in changed.items() if k not in MAY_CHANGE and config.get(k) != v]
+        if differ:
+            said = ", ".join(f"{k} {config.get(k)} (not {changed[k]})" for k in differ)
+            raise UserError(f"--resume {folder}: that run has {said}; drop the flag, or start another run")
+        s = {k: config.get(k, defaults[k]) for k in defaults} | {k: changed[k] for k in changed if k in MAY_CHANGE}
+        if "epochs" in changed:
+            s["steps"] = None
+        elif s["epochs"] is not None and "steps" in changed:
+            s["epochs"] = None
+    elif given["epochs"] is not None and given["steps"] is not None:
+        raise UserError("--epochs and --steps: give one of them")
+    check(s)
+    return s, folder
+
+
+def check(s: dict) -> None:
+    """Raise UserError for the first setting that no data could make right."""
+    one_of("method", s["method"], METHODS)
+    one_of("mix", s["mix"], ("cutmix", "mixup", "either"))
+    if s["optimizer"] is not None:
+        one_of("optimizer", s["optimizer"], OPTIMIZERS)
+    if s["mixed_precision"] is not None:
+        one_of("mixed_precision", s["mixed_precision"], ("no", "fp16", "bf16"))
+    if s["log_with"] is not None:
+        one_of("log_with", s["log_with"], ("tensorboard", "wandb", "trackio"))
+        if not find_spec(s["log_with"]):
+            raise UserError(f"--log_with {s['log_with']}: is not installed; pip install {s['log_with']}")
+    if s["backbone"] is not None and s["backbone"] not in backbone_names():
+        names = backbone_names()
+        raise UserError(f"--backbone {s['backbone']}: no such timm model{nearest(s['backbone'], names)}")
+    ranges = {
+        "a share from 0 to 1": (lambda v: 0 <= v <= 1, "sim_weight momentum flip"),
+        "a share above 0, up to 1": (lambda v: 0 < v <= 1, "min_crop"),
+        "a number above 0": (lambda v: 0 < v < math.inf, "alpha lr temperature"),
+        "0 or more": (lambda v: 0 <= v < math.inf, "weight_decay warmup_epochs workers eval_every seed"),
+        "1 or more": (
+            lambda v: v >= 1,
+            "epochs steps batch_size accumulate queue hidden_dim embedding_dim predictor_dim log_every checkpoint_every"
+            " keep",
+        ),
+        "8 or more": (lambda v: v >= 8, "image_size"),
+    }
+    for wanted, (holds, names) in ranges.items():
+        for name in names.split():
+            if s[name] is not None and not holds(s[name]):
+                raise UserError(f"--{name} {s[name]}: want {wanted}")
+    if s["streaming"] and s["steps"] is None:
+        raise UserError("--streaming: the length of a stream is not known; say how long to train, as in --steps 10000")
+
+
+def resolve(s: dict, source: data.Source, method_file, device: str, world: int):
+    """Fill in every setting that was left open; build and return the backbone."""
+    images = source.images
+    if s["image_size"] is None:
+        s["image_size"] = max(16, source.side) if source.side <= SMALL else 224
+    if s["backbone"] is None:
+        small = "resnet_tiny" if device == "cpu" else "resnet18"
+        s["backbone"] = small if s["image_size"] <= SMALL else "resnet50"
+    if s["batch_size"] is None:  # few images: smaller steps and more of them, which short runs gain by (README)
+        few = images is not None and min(256, max(64, 2 ** int(math.log2(images / 64))))
+        s["batch_size"] = max(2 * world * s["accumulate"], min(few or 256, images or 256))
+        s["batch_size"] -= s["batch_size"] % (world * s["accumulate"])
+    if s["batch_size"] % (world * s["accumulate"]) or s["batch_size"] < 2 * world * s["accumulate"]:
+        parts = f"{world} processes x --accumulate {s['accumulate']}"
+        raise UserError(f"--batch_size {s['batch_size']}: want a multiple of {parts}, with 2 images or more for each")
+    if images is not None and s["batch_size"] > images:
+        raise UserError(
+            f"--batch_size {s['batch_size']}: the dataset has {images} images to train on; want at most that"
+        )
+    s["steps_per_epoch"] = images // s["batch_size"] if images else None
+    if s["steps"] is None:
+        s["epochs"] = s["epochs"] or 100
+        s["steps"] = s["epochs"] * s["steps_per_epoch"]
+    if s["eval_every"] is None:
+        s["eval_every"] = max(1, s["steps"] // 10)
+    if s["workers"] is None:
+        s["workers"] = min(8, max(1, (os.cpu_count() or 1) // world))
+
+    network = build_backbone(s["backbone"], s["image_size"])
+    scale = dict(image_size=s["image_size"], width=network.num_features, steps=s["steps"], images=images)
+    defaults = method_file.defaults(**scale)
+    for name in LOOP + NETWORK:
+        if name not in defaults and s.get(name) is not None:
+            raise UserError(f"--{name}: {s['method']} has none")
+    s["of_method"] = list(defaults)
+    for name, value in defaults.items():
+        if s.get(name) is None:
+            s[name] = value
+    s["peak_lr"] = s["lr"] * s["batch_size"] / 256
+    s["warmup_steps"] = min(s["steps"] - 1, round(s["warmup_epochs"] * (s["steps_per_epoch"] or 0)))
+    return network
+
+
+def recipes(s: dict, method_file):
+    """The method's two recipes, with the crop and the flip that the flags or the data ask for."""
+    recipes = method_file.views(s["image_size"])
+    own = data.DIGITS if s["dataset"] == "digits" else dict(min_crop=recipes[0].scale[0], flip=recipes[0].flip)
+    for name, value in own.items():
+        s[name] = value if s[name] is None else s[name]
+    return tuple(recipe._replace(scale=(s["min_crop"], 1.0), flip=s["flip"]) for recipe in recipes)

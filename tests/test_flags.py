@@ -1,0 +1,117 @@
+"""The command line: nothing runs before every flag is right, and a mistake is one line and exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flags
+from train import pretrain
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*words, cwd, timeout=120):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "bsim.py"), *words], capture_output=True, text=True, cwd=cwd, timeout=timeout
+    )
+
+
+def test_a_misspelled_flag_ends_the_command_before_anything_runs(place):
+    done = command("--epohcs", "100", cwd=place)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == ["bsim.py: --epohcs: no such flag; did you mean --epochs? --help lists them"]
+    assert list(place.iterdir()) == []
+
+
+def test_a_wrong_value_ends_the_command_before_anything_runs(place):
+    done = command("--method", "byole", cwd=place)
+    assert done.returncode == 2
+    wanted = "bsim.py: --method byole: want simclr, moco, byol, simsiam; did you mean byol?"
+    assert done.stderr.splitlines() == [wanted] and list(place.iterdir()) == []
+
+
+def test_help_fits_two_screens_and_shows_every_flag(place):
+    done = command("--help", cwd=place)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) <= 70 and max(map(len, lines)) <= 110
+    for name in flags._kinds(pretrain):
+        assert sum(line.startswith(f"  --{name} ") for line in lines) == 1, name
+    groups = [line for line in lines if line and not line.startswith(" ")]
+    assert {"What is learned", "Data", "Network and schedule", "The run"} <= set(groups)
+    assert "  --method            simclr, moco, byol or simsiam (byol)" in lines
+
+
+def function(
+    method: str = "byol", lr: float | None = None, epochs: int = 1, compile: bool = False, resume: bool | str = False
+):
+    """A function.
+
+    method: which
+    """
+    return dict(method=method, lr=lr, epochs=epochs, compile=compile, resume=resume)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--lrr", "1"], "--lrr: no such flag; did you mean --lr?"),
+        (["--zzz"], "--zzz: no such flag; --help lists them"),
+        (["byol"], "'byol': every setting is a flag with a name, as in --method byol"),
+        (["--method", "byol", "extra"], "'extra': every setting is a flag"),
+        (["--", "--help"], "'--': every setting"),
+        (["--lr", "fast"], "--lr fast: want a number"),
+        (["--epochs", "1.5"], "--epochs 1.5: want a whole number"),
+        (["--epochs"], "--epochs: want a value after it"),
+        (["--compile", "maybe"], "--compile maybe: want true or false"),
+        (["--lr", "1", "--lr", "2"], "--lr: given twice"),
+    ],
+)
+def test_refusals(words, message):
+    with pytest.raises(flags.UserError) as caught:
+        flags.check(function, words)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "words, wanted",
+    [
+        (["--lr", "-0.1"], dict(lr=-0.1)),
+        (["--lr=1e-3", "--epochs", "2e2"], dict(lr=1e-3, epochs=200)),
+        (["--lr", "none"], dict(lr=None)),
+        (["--compile", "--method", "123"], dict(compile=True, method="123")),
+        (["--nocompile"], dict(compile=False)),
+        (["--compile=false", "--resume"], dict(compile=False, resume=True)),
+        (["--resume", "runs/x,y[1]"], dict(resume="runs/x,y[1]")),
+        (["--method", "a=b c"], dict(method="a=b c")),
+    ],
+)
+def test_values_arrive_with_their_types(words, wanted, monkeypatch):
+    seen = {}
+
+    def called(
+        method: str = "byol",
+        lr: float | None = None,
+        epochs: int = 1,
+        compile: bool = False,
+        resume: bool | str = False,
+    ):
+        seen.update(function(method, lr, epochs, compile, resume))
+
+    monkeypatch.setattr(sys, "argv", ["x", *words])
+    flags.launch(called, "x")
+    assert {k: seen[k] for k in wanted} == wanted
+    assert all(type(seen[k]) is type(v) for k, v in wanted.items())
+
+
+def test_only_the_first_process_speaks(monkeypatch, capsys):
+    def refuses():
+        raise flags.UserError("no")
+
+    for rank, said in (("0", "x: no\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(sys, "argv", ["x"])
+        with pytest.raises(SystemExit) as caught:
+            flags.launch(refuses, "x")
+        assert caught.value.code == 2 and capsys.readouterr().err == said

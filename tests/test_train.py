@@ -1,0 +1,314 @@
+"""Whole runs on the digits: what they leave, what they refuse, and that how they are cut up changes nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import runs
+from flags import UserError
+from methods import METHODS
+from methods.networks import backbone
+from train import _lr, pretrain
+
+ROOT = Path(__file__).parent.parent
+SHORT = dict(dataset="digits", split="train[:200]", batch_size=32, steps=6, log_every=2, eval_every=3)
+
+
+def weights(folder):
+    return load_file(Path(folder) / "backbone.safetensors")
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def lines(folder):
+    return runs.read_metrics(Path(folder))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_what_it_promises(place, method, capsys):
+    folder = pretrain(method=method, sim_weight=0.5, **SHORT)
+    assert folder == Path(f"runs/{method}-digits-001")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["method"] == method and config["backbone"] == "resnet_tiny" and config["steps"] == 6
+    assert config["lr"] > 0 and config["hidden_dim"] > 0 and config["versions"]["torch"] == version("torch")
+    assert [line["step"] for line in lines(folder)] == [2, 3, 4, 6]
+    for line in lines(folder):
+        assert line["loss"] == pytest.approx((line["sim"] + line["bsim"]) / 2, abs=1e-6)
+        assert line["images_per_second"] > 0 and 0 < line["feature_std"] < 1.2
+    evaluated = [line for line in lines(folder) if "knn" in line]
+    assert [line["step"] for line in evaluated] == [3, 6]
+    assert ["knn_pixels" in line for line in evaluated] == [True, False]
+    assert 80 < evaluated[0]["knn_pixels"] <= 100 and 0 <= evaluated[0]["knn_random"] <= 100
+    assert backbone("resnet_tiny", 16).load_state_dict(weights(folder))
+    for picture in ("views.png", "curves.png"):
+        assert (folder / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000006"]
+    assert not list(folder.rglob(".*"))
+    said = capsys.readouterr().out
+    for part in (str(folder), "k-NN", "raw pixels", "random net", "next: accelerate launch bsim.py --method " + method):
+        assert part in said
+
+
+def test_a_second_run_takes_the_next_folder_and_is_the_same(place):
+    first, second = (pretrain(method="simclr", **SHORT) for _ in range(2))
+    assert (first.name, second.name) == ("simclr-digits-001", "simclr-digits-002")
+    assert same(weights(first), weights(second))
+    other = pretrain(method="simclr", **SHORT, seed=1)
+    assert not same(weights(first), weights(other))
+
+
+@pytest.mark.parametrize("sim_weight, missing", [(1.0, "bsim"), (0.0, "sim")])
+def test_what_is_not_used_is_not_computed(place, sim_weight, missing):
+    folder = pretrain(method="byol", sim_weight=sim_weight, **{**SHORT, "eval_every": 0})
+    for line in lines(folder):
+        assert line[missing] is None and "knn" not in line
+        assert line["loss"] == line["sim" if missing == "bsim" else "bsim"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_ends_as_an_undisturbed_one(place, method):
+    options = dict(method=method, sim_weight=0.5, **{**SHORT, "log_every": 4}, checkpoint_every=3, accumulate=2)
+    whole = pretrain(**options, out="whole")
+    runs_on = pretrain(**options, out="cut")
+    # Back to the state after step 3, as a kill leaves it: nothing of the end, and metrics beyond the checkpoint.
+    last = sorted((runs_on / "checkpoints").iterdir())[-1]
+    assert last.name == "step_000006"
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    (runs_on / "backbone.safetensors").unlink()
+    with open(runs_on / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    pretrain(resume="cut")
+    assert same(weights(whole), weights(runs_on))
+    ends = [load_file(folder / "checkpoints" / "step_000006" / "method.safetensors") for folder in (whole, runs_on)]
+    assert same(*ends)
+    for one, two in zip(lines(whole), lines(runs_on), strict=True):
+        assert {**one, "images_per_second": 0} == {**two, "images_per_second": 0}
+
+
+def test_a_finished_run_can_be_trained_longer(place):
+    pretrain(method="simclr", **SHORT, out="run")
+    with pytest.raises(UserError, match="is finished at step 6; to train longer raise --epochs or --steps"):
+        pretrain(resume="run")
+    pretrain(resume=True, out="run", steps=8)
+    assert [line["step"] for line in lines("run")][-1] == 8
+    assert json.loads(Path("run/config.json").read_text())["steps"] == 8
+
+
+def test_parts_of_a_batch_add_up(place, monkeypatch):
+    """Without batch norm, whose statistics are a part's own, two parts take the step of the whole batch."""
+    monkeypatch.setattr("train.make_view", lambda images, recipe, generator: images[..., :8, :8].float() / 255)
+    monkeypatch.setattr("settings.build_backbone", lambda name, size: Plain())
+    monkeypatch.setattr("methods.networks.nn.BatchNorm1d", lambda width, affine: nn.Identity())
+    options = dict(method="simsiam", sim_weight=1.0, lr=0.5, **{**SHORT, "eval_every": 0})
+    one, two = (weights(pretrain(**options, accumulate=n, out=f"parts{n}")) for n in (1, 2))
+    start = Plain().state_dict()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+        assert (one[name] - start[name]).abs().max() > 1e-4
+
+
+class Plain(nn.Module):
+    """A network without batch norm, the same each time."""
+
+    num_features = 12
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(192, 12)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.randn(12, 192, generator=torch.Generator().manual_seed(1)) / 14)
+            self.layer.bias.zero_()
+
+    def forward(self, x):
+        return self.layer(x.flatten(1)).tanh()
+
+
+def test_labels_are_not_needed(place):
+    folder = pretrain(**SHORT, label_column="none")
+    assert all("knn" not in line for line in lines(folder)) and (folder / "curves.png").exists()
+
+
+def test_large_images_and_streams_train(place):
+    from tests.test_data import folder as pets
+
+    path = str(pets(place, 24, (70, 90)))
+    for options in (dict(), dict(streaming=True)):
+        folder = pretrain(
+            dataset=path,
+            backbone="resnet_tiny",
+            image_size=32,
+            batch_size=8,
+            steps=2,
+            workers=2,
+            log_every=1,
+            **options,
+        )
+        assert lines(folder)[-1]["knn"] >= 0
+        assert json.loads((folder / "config.json").read_text())["image_size"] == 32
+
+
+def test_collapse_shows(place, monkeypatch):
+    """BYOL without its predictor: the alarm falls to a tenth of a healthy run's."""
+    options = dict(method="byol", sim_weight=1.0, steps=60, batch_size=64, eval_every=0, lr=0.5, momentum=0.5)
+    healthy = pretrain(**options, out="healthy")
+    byol = METHODS["byol"].Method
+    whole = byol.__init__
+
+    def without_predictor(self, *args, **kwargs):
+        whole(self, *args, **kwargs)
+        self.predictor = nn.Identity()
+
+    monkeypatch.setattr(byol, "__init__", without_predictor)
+    collapsed = pretrain(**options, out="collapsed")
+    last = [lines(folder)[-1]["feature_std"] for folder in (healthy, collapsed)]
+    assert last[1] < last[0] / 10, last
+
+
+def test_learning_rate_warms_up_and_falls_to_nothing():
+    s = dict(peak_lr=2.0, warmup_steps=10, steps=110)
+    assert _lr(0, s) == pytest.approx(0.2) and _lr(9, s) == 2.0 and _lr(10, s) == 2.0
+    assert _lr(60, s) == pytest.approx(1.0) and 0 < _lr(109, s) < 0.001
+    assert _lr(0, dict(peak_lr=2.0, warmup_steps=0, steps=5)) == 2.0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+def test_optimisers_decay_what_they_should(place, optimizer):
+    from train import _optimizer
+
+    method = METHODS["simsiam"]
+    defaults = method.defaults(image_size=16, width=192, steps=9, images=99)
+    heads = {k: v for k, v in defaults.items() if k.endswith("dim")}
+    model = method.Method(backbone("resnet_tiny", 16), **heads)
+    groups = _optimizer(model, dict(optimizer=optimizer, peak_lr=1.0, weight_decay=0.5)).param_groups
+    total = sum(len(group["params"]) for group in groups)
+    assert total == len(list(model.parameters()))
+    for group in groups:
+        vectors = {p.ndim == 1 for p in group["params"]}
+        if optimizer == "sgd":
+            assert group["weight_decay"] == 0.5
+        else:
+            assert vectors == {group["weight_decay"] == 0}
+    fixed = {id(p) for group in groups if group["constant"] for p in group["params"]}
+    assert fixed == {id(p) for p in model.predictor.parameters()}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(method="byole"), "--method byole: want simclr, moco, byol, simsiam; did you mean byol?"),
+        (dict(dataset="nobody/none"), "--dataset nobody/none: is no file or folder here, and the Hub"),
+        (dict(dataset="./nowhere"), "--dataset ./nowhere: no such file or folder"),
+        (dict(backbone="resnet51"), "--backbone resnet51: no such timm model; did you mean resnet"),
+        (dict(mix="cutmx"), "--mix cutmx: want cutmix, mixup, either; did you mean cutmix?"),
+        (dict(optimizer="adam"), "--optimizer adam: want sgd, lars, adamw; did you mean adamw?"),
+        (dict(batch_size=2000), "--batch_size 2000: the dataset has 1618 images to train on; want at most that"),
+        (dict(batch_size=33, accumulate=2), "--batch_size 33: want a multiple of 1 processes x --accumulate 2"),
+        (dict(alpha=0.0), "--alpha 0.0: want a number above 0"),
+        (dict(alpha=-1.0), "--alpha -1.0: want a number above 0"),
+        (dict(sim_weight=1.5), "--sim_weight 1.5: want a share from 0 to 1"),
+        (dict(sim_weight=float("nan")), "--sim_weight nan: want a share from 0 to 1"),
+        (dict(lr=-0.1), "--lr -0.1: want a number above 0"),
+        (dict(epochs=0), "--epochs 0: want 1 or more"),
+        (dict(epochs=3, steps=3), "--epochs and --steps: give one of them"),
+        (dict(streaming=True), "--streaming: the length of a stream is not known; say how long to train"),
+        (dict(method="byol", temperature=0.1), "--temperature: byol has none"),
+        (dict(method="simclr", queue=9), "--queue: simclr has none"),
+        (dict(log_with="wandb"), "--log_with wandb: is not installed; pip install wandb"),
+        (dict(mixed_precision="fp16"), "--mixed_precision fp16: "),
+        (dict(resume=True), "--resume: name the run's folder"),
+        (dict(resume="nothing"), "--resume nothing: no run there"),
+    ],
+)
+def test_refusals_write_nothing(place, options, message):
+    if options.get("mixed_precision") and torch.cuda.is_available():
+        pytest.skip("fp16 runs here")
+    with pytest.raises(UserError) as caught:
+        pretrain(**options)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    assert list(place.iterdir()) == []
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(place):
+    pretrain(**SHORT, out="run")
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    with pytest.raises(UserError, match="--out run: holds a finished run; write to another .* --resume run --epochs N"):
+        pretrain(**SHORT, out="run")
+    with pytest.raises(UserError, match=r"--resume run: that run has method byol \(not moco\); drop the flag"):
+        pretrain(resume="run", method="moco")
+    assert before == {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    Path("run/backbone.safetensors").unlink()
+    with pytest.raises(UserError, match="--out run: holds an unfinished run; go on with it: --resume run"):
+        pretrain(**SHORT, out="run")
+    Path("other").mkdir()
+    Path("other/thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="--out other: is not empty and no run"):
+        pretrain(**SHORT, out="other")
+    with pytest.raises(UserError, match="--out other/thesis.tex: that is a file"):
+        pretrain(**SHORT, out="other/thesis.tex")
+
+
+def test_a_corrupt_image_ends_a_run_before_it_writes(place):
+    from tests.test_data import spoiled
+
+    path = str(spoiled(place, 40))
+    options = dict(dataset=path, batch_size=8, steps=2, eval_every=0)
+    with pytest.raises(UserError, match=r"row \d+ of the dataset is not an image"):
+        pretrain(**options, out="run")
+    assert not Path("run").exists()
+    assert (pretrain(**options, skip_bad_images=True, out="run") / "backbone.safetensors").exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "config.json"
+    runs.write_json(path, {"a": 1})
+
+    def fails(file):
+        file.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        runs.write(path, fails)
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def torchrun(place, processes, *words):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    head = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+    done = subprocess.run(
+        [*head, str(ROOT / "bsim.py"), *words], cwd=place, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_two_processes_train_together(place, method):
+    words = "--split train[:200] --batch_size 32 --steps 4 --log_every 2 --eval_every 2 --sim_weight 0.5".split()
+    torchrun(place, 2, "--method", method, *words, "--out", "two")
+    assert [line["step"] for line in lines("two")] == [2, 4]
+    assert lines("two")[-1]["knn"] > 0
+    assert json.loads(Path("two/config.json").read_text())["batch_size"] == 32
+    if method == "moco":  # both processes' keys: 4 steps of 32
+        checkpoint = load_file(Path("two/checkpoints/step_000004/method.safetensors"))
+        assert int(checkpoint["oldest"]) == 4 * 32 % len(checkpoint["queue"])
+
+
+def test_two_processes_evaluate_as_one(place):
+    """On an uneven number of images; nothing is trained, so the random network's k-NN must agree."""
+    words = "--split train[:101] --batch_size 32 --steps 1 --eval_every 1 --lr 1e-9".split()
+    torchrun(place, 2, *words, "--out", "two")
+    pretrain(split="train[:101]", batch_size=32, steps=1, eval_every=1, lr=1e-9, out="one")
+    for name in ("knn_pixels", "knn_random"):
+        assert lines("two")[0][name] == pytest.approx(lines("one")[0][name], abs=1e-4)
