@@ -229,9 +229,11 @@ def nt_xent(
             return (spread - own.repeat(2)).mean()
         weight, partner = pairing
         from_b = partner.argsort()  # q of each j: the mixture that b_j is the partner in
-        total = weight + (1 - weight)[from_b]
+        rest = (1 - weight)[from_b]
+        total = weight + rest
+        norm = torch.where(total > 0, total, torch.ones_like(total))
         of_m = weight * own + (1 - weight) * other
-        of_b = (weight * own + ((1 - weight) * other)[from_b]) / total.clamp(min=torch.finfo(z.dtype).tiny)
+        of_b = weight / norm * own + rest / norm * other[from_b]
         held = torch.cat([torch.ones_like(total), (total > 0).to(z.dtype)])
         return (held * spread - torch.cat([of_m, of_b])).mean()
 

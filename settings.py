@@ -98,7 +98,7 @@ def resolve(s: dict, source: data.Source, method_file, device: str, world: int):
         )
     s["steps_per_epoch"] = images // s["batch_size"] if images else None
     if s["steps"] is None:
-        s["epochs"] = s["epochs"] or 100
+        s["epochs"] = s["epochs"] or 50
         s["steps"] = s["epochs"] * s["steps_per_epoch"]
     if s["eval_every"] is None:
         s["eval_every"] = max(1, s["steps"] // 10)

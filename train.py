@@ -91,7 +91,7 @@ def pretrain(
       image_size: by itself the images' own up to 64 pixels, at least 16; else 224
       min_crop: smallest share of an image that a view shows; by itself the method's
       flip: share of views that are mirrored; by itself the method's
-      epochs: passes over the data; by itself 100
+      epochs: passes over the data; by itself 50
       steps: optimiser steps, in place of epochs
       batch_size: images a step, over all processes and parts; by itself 256, for under
         16,384 images 128 or 64
