@@ -55,9 +55,9 @@ def draw_curves(folder: Path) -> None:
     loss.set(title="loss", xlabel="step")
     loss.legend()
     if curve(knn, "knn", color="black", marker="o", markersize=4, label="k-NN"):
-        first = next(line for line in lines if "knn_pixels" in line)
-        knn.axhline(first["knn_pixels"], color=OTHER, linestyle="--", label="raw pixels")
-        knn.axhline(first["knn_random"], color=OTHER, linestyle=":", label="random network")
+        for first in (line for line in lines if "knn_pixels" in line):
+            knn.axhline(first["knn_pixels"], color=OTHER, linestyle="--", label="raw pixels")
+            knn.axhline(first["knn_random"], color=OTHER, linestyle=":", label="random network")
         knn.legend()
     knn.set(title="k-NN top-1 on held-out images (%)", xlabel="step")
     curve(spread, "feature_std", color="black")

@@ -116,7 +116,8 @@ def resolve(s: dict, source: data.Source, method_file, device: str, world: int):
         if s.get(name) is None:
             s[name] = value
     s["peak_lr"] = s["lr"] * s["batch_size"] / 256
-    s["warmup_steps"] = min(s["steps"] - 1, round(s["warmup_epochs"] * (s["steps_per_epoch"] or 0)))
+    warmup = round(s["warmup_epochs"] * s["steps_per_epoch"]) if images else s["steps"] // 10 * (s["warmup_epochs"] > 0)
+    s["warmup_steps"] = min(s["steps"] - 1, warmup)
     return network
 
 

@@ -102,7 +102,7 @@ def pretrain(
       optimizer: sgd, lars or adamw
       lr: for each 256 images of the batch; then warm-up and cosine
       weight_decay: on all but what LARS and AdamW exclude
-      warmup_epochs: epochs of linear warm-up
+      warmup_epochs: epochs of linear warm-up; in a stream a tenth of the steps
       temperature: simclr, moco
       momentum: moco, byol: of the slow encoder
       queue: moco: keys that are kept
@@ -154,6 +154,18 @@ def pretrain(
         model.compile()
     bare = model
     model, optimizer = accelerator.prepare(model, optimizer)
+    if resume and accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
+
+    # k-NN of what is there before training: before anything is written, since it meets unreadable images.
+    def evaluate(features):
+        return knn_accuracy(accelerator, source, features, image_size=s["image_size"], workers=s["workers"])
+
+    if source.queries and s["eval_every"] and not start:
+        baselines = {"knn_pixels": evaluate(pixels), "knn_random": evaluate(bare.backbone)}
+        say(
+            "k-NN before training: raw pixels {knn_pixels:.1f} %, random network {knn_random:.1f} %".format(**baselines)
+        )
 
     # The run folder.
     if accelerator.is_main_process:
@@ -162,7 +174,7 @@ def pretrain(
         runs.write_json(folder / "config.json", {**s, "out": str(folder), "versions": runs.versions()})
     folder = Path(broadcast_object_list([str(folder)])[0])
     if s["log_with"]:
-        accelerator.project_configuration.set_directories(str(folder))
+        accelerator.project_configuration.logging_dir = str(folder)
         plain = {k: v for k, v in s.items() if isinstance(v, (int, float, str, bool))}
         accelerator.init_trackers("bsim", plain)
     say(
@@ -170,15 +182,6 @@ def pretrain(
         f"{s['backbone']}, {s['steps']} steps of {s['batch_size']} on {world} x {accelerator.device.type}, "
         f"sim_weight {s['sim_weight']:g} -> {folder}"
     )
-
-    def evaluate(features):
-        return knn_accuracy(accelerator, source, features, image_size=s["image_size"], workers=s["workers"])
-
-    if source.queries and s["eval_every"] and not baselines:
-        baselines = {"knn_pixels": evaluate(pixels), "knn_random": evaluate(bare.backbone)}
-        say(
-            "k-NN before training: raw pixels {knn_pixels:.1f} %, random network {knn_random:.1f} %".format(**baselines)
-        )
 
     batches, parts = _batches(source, recipes, s, part, rank, world, start, accelerator)
     if source.rows is None or source.train.in_workers:  # cropped by the workers
@@ -220,15 +223,14 @@ def pretrain(
         done = step + 1
         bare.after_step(done / s["steps"])
 
-        evaluates = baselines and (done % s["eval_every"] == 0 or done == s["steps"])
+        evaluates = source.queries and s["eval_every"] and (done % s["eval_every"] == 0 or done == s["steps"])
         if done % s["log_every"] == 0 or evaluates or done == s["steps"]:
             line = _line(accelerator, window, losses, done, s)
             line["images_per_second"] = round((done - since) * s["batch_size"] / (time.perf_counter() - clock), 1)
             if evaluates:
                 line["knn"] = knn = evaluate(bare.backbone)
-                if "said" not in baselines:
-                    line |= baselines
-                    baselines["said"] = True
+                line |= {} if "said" in baselines else baselines
+                baselines["said"] = True
             if accelerator.is_main_process:
                 runs.append_metrics(folder, line)
             accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=done)
@@ -239,6 +241,7 @@ def pretrain(
         if done % s["checkpoint_every"] == 0 or done == s["steps"]:
             if accelerator.is_main_process:
                 state = {"window": {k: float(v) for k, v in window.items()}, "baselines": baselines}
+                state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
                 runs.save_checkpoint(folder, done, bare, optimizer.state_dict(), state, s["keep"])
             accelerator.wait_for_everyone()
     bar.close()
@@ -326,7 +329,7 @@ def _add(window, **values):
     """Sums since the last log line, on the device: nothing waits for it between log lines."""
     for name, value in values.items():
         if value is not None:
-            window[name] = window.get(name, 0.0) + value.detach().double()
+            window[name] = window.get(name, 0.0) + value.detach().float()
     window["parts"] = window.get("parts", 0) + 1
 
 
@@ -336,7 +339,7 @@ def _line(accelerator, window, losses, done, s):
     embeddings = F.normalize(losses.embeddings.detach().float(), dim=1)
     # The standard deviation of a unit vector's coordinate, times sqrt(D): 1 when spread (SimSiam, section 4.1).
     spread = embeddings.std(0).mean() * embeddings.shape[1] ** 0.5
-    values = {"feature_std": spread.double(), **{k: v / parts for k, v in window.items()}}
+    values = {"feature_std": spread, **{k: v / parts for k, v in window.items()}}
     values = {k: float(accelerator.reduce(torch.as_tensor(v), reduction="mean")) for k, v in values.items()}
     window.clear()
     epoch = round(done / s["steps_per_epoch"], 3) if s["steps_per_epoch"] else None
@@ -348,6 +351,7 @@ def _summary(folder, s, knn, baselines, skipped):
     lines = [f"finished {folder} at step {s['steps']}"]
     if knn is not None:
         lines.append(f"  k-NN          {knn:.1f} %")
+    if "knn_pixels" in baselines:
         lines.append(f"  raw pixels    {baselines['knn_pixels']:.1f} %")
         lines.append(f"  random net    {baselines['knn_random']:.1f} %")
     if skipped:

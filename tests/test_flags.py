@@ -41,6 +41,8 @@ def test_help_fits_two_screens_and_shows_every_flag(place):
     groups = [line for line in lines if line and not line.startswith(" ")]
     assert {"What is learned", "Data", "Network and schedule", "The run"} <= set(groups)
     assert "  --method            simclr, moco, byol or simsiam (byol)" in lines
+    assert any(line.startswith("  --sim_weight ") and line.endswith("(0.0)") for line in lines)
+    assert any(line.startswith("  --seed ") and line.endswith("(0)") for line in lines)
 
 
 def function(
