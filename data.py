@@ -7,6 +7,7 @@ import glob
 import io
 import math
 import re
+import signal
 from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
@@ -423,11 +424,16 @@ class Batches(torch.utils.data.Dataset):
         self.steps_per_epoch = len(source.rows) // batch_size
 
     def rows(self, i):
+        """The rows of batch i of this process."""
         step, micro = divmod(i, self.accumulate)
+        start = (micro * self.world + self.rank) * self.part_size
+        return self.step_rows(step)[start : start + self.part_size]
+
+    def step_rows(self, step):
+        """The rows of the whole batch of a step, over all processes and parts."""
         epoch, step = divmod(step, self.steps_per_epoch)
-        start = step * self.batch_size + (micro * self.world + self.rank) * self.part_size
         order = _order(self.seed, epoch, len(self.source.rows))
-        return self.source.rows[order[start : start + self.part_size]]
+        return self.source.rows[order[step * self.batch_size : (step + 1) * self.batch_size]]
 
     def __getitem__(self, i):
         images = self.source.train
@@ -477,9 +483,15 @@ class StreamBatches(IterableDataset):
                 return
 
 
+def _leave_signals(worker):
+    """Signals are for the loop to answer: workers end with it."""
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, signal.SIG_IGN)
+
+
 def loader(batches, start: int, stop: int, workers: int, pin: bool):
     """Batches start to stop - 1, made by `workers` processes ahead of time (0: by this one, when asked for)."""
-    options = dict(batch_size=None, num_workers=workers, pin_memory=pin)
+    options = dict(batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=_leave_signals)
     if isinstance(batches, StreamBatches):
         return islice(DataLoader(batches, **options), start % max(1, workers), None)
     return DataLoader(batches, sampler=range(start, stop), **options)

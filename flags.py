@@ -18,6 +18,13 @@ class UserError(ValueError):
     """A mistake of the user's, in one line: what was given, what is wanted, what to type instead."""
 
     everywhere = True  # every process meets it, so one is enough to say it
+    code = 2
+
+
+class RunError(UserError):
+    """What ends a run that was asked for rightly: a loss that is not finite, a full disk."""
+
+    code = 1
 
 
 def nearest(word: str, names) -> str:
@@ -113,4 +120,4 @@ def launch(function, name: str) -> None:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or not error.everywhere:
             print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.code)

@@ -9,10 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 
-from flags import UserError
+from flags import RunError, UserError
 
+FORMAT = 1  # of a checkpoint; raised when an older one could no longer be read
 PACKAGES = "torch torchvision timm accelerate datasets einops fire numpy pillow safetensors scikit-learn".split()
 
 
@@ -122,33 +124,51 @@ def _contiguous(tensors):
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
+def last_checkpoint(folder: Path) -> Path | None:
+    found = _checkpoints(folder)
+    return found[-1] if found else None
+
+
 def save_checkpoint(folder: Path, step: int, method, optimizer: dict, state: dict, keep: int) -> None:
-    """Write it aside and rename it; then drop all but the last `keep`."""
+    """Write it aside and rename it; then drop all but the last `keep`. Raises RunError where it cannot be written."""
     path = folder / "checkpoints" / f"step_{step:06d}"
     if path.exists():
         return
     aside = path.with_name(f".{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file(_contiguous(method.state_dict()), aside / "method.safetensors")
-    torch.save(optimizer, aside / "optimizer.pt")
-    (aside / "state.json").write_text(json.dumps({"step": step, **state}))
-    for file in aside.iterdir():
-        _flush(file)
-    aside.rename(path)
+    try:
+        aside.mkdir(parents=True)
+        save_file(_contiguous(method.state_dict()), aside / "method.safetensors")
+        torch.save(optimizer, aside / "optimizer.pt")
+        (aside / "state.json").write_text(json.dumps({"step": step, **state}))
+        for file in aside.iterdir():
+            _flush(file)
+        _flush(aside)
+        aside.rename(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's errors
+        shutil.rmtree(aside, ignore_errors=True)
+        last = last_checkpoint(folder)
+        left = f"{last} is whole; make room, then --resume {folder}" if last else "there is no earlier one"
+        raise RunError(f"the checkpoint of step {step} cannot be written ({error}); {left}") from error
     _flush(path.parent)
     for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        gone = old.with_name(f".{old.name}")  # never half a checkpoint under a checkpoint's name
+        old.rename(gone)
+        shutil.rmtree(gone)
 
 
-def load_checkpoint(folder: Path, method) -> tuple[dict, dict]:
-    """Put the last checkpoint's weights into `method`; return the optimiser's and the loop's state."""
-    found = _checkpoints(folder)
-    if not found:
-        raise UserError(f"--resume {folder}: no checkpoint there yet; start again in another folder")
-    method.load_state_dict(load_file(found[-1] / "method.safetensors"))
-    optimizer = torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True)
-    return optimizer, json.loads((found[-1] / "state.json").read_text())
+def load_checkpoint(folder: Path, method, made_by: dict) -> tuple[dict, dict]:
+    """Put the last checkpoint's weights into `method`; return the optimiser's and the loop's state.
+
+    Raises UserError where it was made by something else than `made_by` says.
+    """
+    last = last_checkpoint(folder)
+    state = json.loads((last / "state.json").read_text())
+    for name, wanted in made_by.items():
+        if state["made_by"].get(name) != wanted:
+            raise UserError(f"{last}: was made with {name} {state['made_by'].get(name)}, this run has {wanted}")
+    method.load_state_dict(load_file(last / "method.safetensors"))
+    return torch.load(last / "optimizer.pt", map_location="cpu", weights_only=True), state
 
 
 def save_backbone(folder: Path, backbone) -> None:

@@ -19,27 +19,38 @@ MAY_CHANGE = "epochs steps log_every eval_every checkpoint_every keep log_with w
 
 
 def read(given: dict, defaults: dict) -> tuple[dict, Path | None]:
-    """The settings, checked as far as they can be without the data, and with --resume the run's folder."""
-    folder, s = None, dict(given)
+    """The settings, checked as far as they can be without the data; and, where a run goes on, its folder."""
+    s, folder = dict(given), None
+    if given["resume"] is True and given["out"] is None:
+        raise UserError("--resume: name the run's folder, as in --resume runs/byol-digits-001")
     if given["resume"]:
-        if given["resume"] is True and given["out"] is None:
-            raise UserError("--resume: name the run's folder, as in --resume runs/byol-digits-001")
         folder = Path(given["out"] if given["resume"] is True else given["resume"]).expanduser()
-        config = runs.config_of(folder)
-        changed = {k: v for k, v in given.items() if v != defaults[k]}
-        differ = [k for k, v in changed.items() if k not in MAY_CHANGE and config.get(k) != v]
-        if differ:
-            said = ", ".join(f"{k} {config.get(k)} (not {changed[k]})" for k in differ)
-            raise UserError(f"--resume {folder}: that run has {said}; drop the flag, or start another run")
-        s = {k: config.get(k, defaults[k]) for k in defaults} | {k: changed[k] for k in changed if k in MAY_CHANGE}
-        if "epochs" in changed:
-            s["steps"] = None
-        elif s["epochs"] is not None and "steps" in changed:
-            s["epochs"] = None
+        if given["resume"] is True and not (folder / "config.json").exists():
+            folder = None  # --resume --out DIR: the same command starts a run and, after a kill, goes on with it
+    if folder:
+        s = _resumed(folder, {k: v for k, v in given.items() if v != defaults[k]}, defaults)
     elif given["epochs"] is not None and given["steps"] is not None:
         raise UserError("--epochs and --steps: give one of them")
     check(s)
     return s, folder
+
+
+def _resumed(folder, changed, defaults):
+    """The settings of the run in `folder`, with those of `changed` that may change."""
+    config = runs.config_of(folder)
+    differ = [k for k, v in changed.items() if k not in MAY_CHANGE and config.get(k) != v]
+    if differ:
+        rows = "".join(f"\n  {k:<18} {config.get(k)!s:<18} {changed[k]}" for k in differ)
+        raise UserError(
+            f"--resume {folder}: goes on with that run's settings; drop these flags, or start another run"
+            f"\n  {'flag':<18} {'the run has':<18} you gave{rows}"
+        )
+    s = {k: config.get(k, defaults[k]) for k in defaults} | {k: v for k, v in changed.items() if k in MAY_CHANGE}
+    if "epochs" in changed:
+        s["steps"] = None
+    elif "steps" in changed:
+        s["epochs"] = None
+    return s
 
 
 def check(s: dict) -> None:

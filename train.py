@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import data
+import guards
 import pictures
 import runs
 import settings
@@ -21,6 +22,8 @@ from bsim import make_view, sample_mixture
 from eval.knn import knn_accuracy, pixels
 from flags import UserError
 from methods import METHODS
+
+COLLAPSE = "their spread fell under a tenth of what it was. See curves.png; try a lower --lr or another --momentum"
 
 
 def pretrain(
@@ -111,7 +114,8 @@ def pretrain(
       predictor_dim: simsiam: the predictor's bottleneck
     The run
       out: its folder; by itself the next free runs/METHOD-DATASET-NUMBER
-      resume: go on with a run: --resume FOLDER
+      resume: go on with a run: --resume FOLDER; or --resume --out FOLDER, which starts it
+        where there is none
       seed: of the weights, the data's order, views and mixtures
       log_every: steps between lines of metrics.jsonl
       eval_every: steps between k-NN evaluations; by itself ten a run; 0: none
@@ -124,7 +128,7 @@ def pretrain(
     accelerator = _accelerator(s, folder)
     say = accelerator.print
     rank, world = accelerator.process_index, accelerator.num_processes
-    if not resume and accelerator.is_main_process:
+    if folder is None and accelerator.is_main_process:
         runs.choose(s["out"], s["method"], s["dataset"])  # refuses a folder in use before anything is loaded
 
     # The data, and what depends on it.
@@ -137,13 +141,15 @@ def pretrain(
     part = s["batch_size"] // (world * s["accumulate"])
     recipes = settings.recipes(s, method_file)
     model = method_file.Method(network, **{k: s[k] for k in s["of_method"] if k not in settings.LOOP})
-    start, window, baselines = 0, {}, {}
+    made_by = {"method": s["method"], "backbone": s["backbone"], "format": runs.FORMAT}
+    start, window, baselines, health = 0, {}, {}, {}
     optimizer = _optimizer(model, s)
-    if resume:
-        optimizer_state, state = runs.load_checkpoint(folder, model)
+    resumes = folder is not None and runs.last_checkpoint(folder) is not None  # else it was stopped before its first
+    if resumes:
+        optimizer_state, state = runs.load_checkpoint(folder, model, made_by)
         optimizer.load_state_dict(optimizer_state)
-        start, window, baselines = state["step"], state["window"], state["baselines"]
-    if start >= s["steps"]:
+        start, window, baselines, health = (state[name] for name in ("step", "window", "baselines", "health"))
+    if resumes and start >= s["steps"] and (folder / "backbone.safetensors").exists():
         raise UserError(f"--resume {folder}: is finished at step {start}; to train longer raise --epochs or --steps")
 
     # Processes, precision, compilation.
@@ -154,7 +160,7 @@ def pretrain(
         model.compile()
     bare = model
     model, optimizer = accelerator.prepare(model, optimizer)
-    if resume and accelerator.scaler:
+    if resumes and accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
 
     # k-NN of what is there before training: before anything is written, since it meets unreadable images.
@@ -190,60 +196,75 @@ def pretrain(
     # The loop.
     bar = tqdm(total=s["steps"], initial=start, disable=not accelerator.is_main_process, unit="step")
     knn, clock, since, skipped = None, time.perf_counter(), start, source.skipped
-    for step in range(start, s["steps"]):
-        for group in optimizer.param_groups:
-            group["lr"] = s["peak_lr"] if group["constant"] else _lr(step, s)
-        for micro in range(s["accumulate"]):
-            batch = next(parts)
-            if isinstance(batch, UserError):
-                batch.everywhere = False
-                raise batch
-            *pair, bad = batch
-            skipped += bad
-            draws = data.generator(s["seed"], data.VIEW, step * s["accumulate"] + micro, rank)
-            a, b = (
-                make_view(images.to(accelerator.device, non_blocking=True), recipe, generator=draws)
-                for images, recipe in zip(pair, recipes)
-            )
-            mixture = None
-            if s["sim_weight"] < 1:
-                views = torch.cat([a, b], 1) if bare.both_views else a
-                rule = dict(kind=s["mix"], alpha=s["alpha"], per_sample=s["per_sample"])
-                mixture = sample_mixture(views, **rule, generator=draws)
-            if step == 0 and micro == 0 and accelerator.is_main_process:
-                shown = pair[0] if source.rows is None else source.train.whole(batches.rows(0)[:8], s["image_size"])
-                pictures.draw_views(folder / "views.png", shown, a, b, mixture, recipes)
-            with accelerator.accumulate(model):
-                losses = model(a, b, mixture, s["sim_weight"] > 0)
-                loss = _objective(losses, s["sim_weight"])
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            _add(window, loss=loss, sim=losses.sim, bsim=losses.bsim)
-        done = step + 1
-        bare.after_step(done / s["steps"])
+    with guards.asked_to_stop() as asked:
+        for step in range(start, s["steps"]):
+            for group in optimizer.param_groups:
+                group["lr"] = s["peak_lr"] if group["constant"] else _lr(step, s)
+            for micro in range(s["accumulate"]):
+                batch = next(parts)
+                if isinstance(batch, UserError):
+                    batch.everywhere = False
+                    raise batch
+                *pair, bad = batch
+                skipped += bad
+                draws = data.generator(s["seed"], data.VIEW, step * s["accumulate"] + micro, rank)
+                a, b = (
+                    make_view(images.to(accelerator.device, non_blocking=True), recipe, generator=draws)
+                    for images, recipe in zip(pair, recipes)
+                )
+                mixture = None
+                if s["sim_weight"] < 1:
+                    views = torch.cat([a, b], 1) if bare.both_views else a
+                    rule = dict(kind=s["mix"], alpha=s["alpha"], per_sample=s["per_sample"])
+                    mixture = sample_mixture(views, **rule, generator=draws)
+                if step == 0 and micro == 0 and accelerator.is_main_process:
+                    shown = pair[0] if source.rows is None else source.train.whole(batches.rows(0)[:8], s["image_size"])
+                    pictures.draw_views(folder / "views.png", shown, a, b, mixture, recipes)
+                with accelerator.accumulate(model):
+                    losses = model(a, b, mixture, s["sim_weight"] > 0)
+                    loss = _objective(losses, s["sim_weight"])
+                    accelerator.backward(loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                _add(window, loss=loss, sim=losses.sim, bsim=losses.bsim)
+            done = step + 1
+            bare.after_step(done / s["steps"])
 
-        evaluates = source.queries and s["eval_every"] and (done % s["eval_every"] == 0 or done == s["steps"])
-        if done % s["log_every"] == 0 or evaluates or done == s["steps"]:
-            line = _line(accelerator, window, losses, done, s)
-            line["images_per_second"] = round((done - since) * s["batch_size"] / (time.perf_counter() - clock), 1)
-            if evaluates:
-                line["knn"] = knn = evaluate(bare.backbone)
-                line |= {} if "said" in baselines else baselines
-                baselines["said"] = True
-            if accelerator.is_main_process:
-                runs.append_metrics(folder, line)
-            accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=done)
-            shown = {"loss": f"{line['loss']:.3f}", "img/s": f"{line['images_per_second']:.0f}"}
-            bar.set_postfix(shown | ({"knn": f"{knn:.1f}%"} if knn is not None else {}))
-            clock, since = time.perf_counter(), done
-        bar.update()
-        if done % s["checkpoint_every"] == 0 or done == s["steps"]:
-            if accelerator.is_main_process:
-                state = {"window": {k: float(v) for k, v in window.items()}, "baselines": baselines}
-                state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
-                runs.save_checkpoint(folder, done, bare, optimizer.state_dict(), state, s["keep"])
-            accelerator.wait_for_everyone()
+            last = done == s["steps"]
+            evaluates = source.queries and s["eval_every"] and (last or done % s["eval_every"] == 0)
+            logs = last or evaluates or done % s["log_every"] == 0
+            stops = asked.is_set() if world == 1 else logs and guards.agreed(accelerator, asked)
+            saves = last or stops or done % s["checkpoint_every"] == 0
+            if window and (logs or saves):
+                guards.check_finite(accelerator, window["loss"], folder, done, s, _lr, batches)
+            if logs:
+                line = _line(accelerator, window, losses, done, s)
+                line["images_per_second"] = round((done - since) * s["batch_size"] / (time.perf_counter() - clock), 1)
+                if evaluates:
+                    line["knn"] = knn = evaluate(bare.backbone)
+                    line |= {} if "said" in baselines else baselines
+                    baselines["said"] = True
+                if guards.collapsed(health, line["feature_std"]):
+                    say(f"warning: step {done}: the embeddings collapse; {COLLAPSE}")
+                if accelerator.is_main_process:
+                    runs.append_metrics(folder, line)
+                accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=done)
+                shown = {"loss": f"{line['loss']:.3f}", "img/s": f"{line['images_per_second']:.0f}"}
+                bar.set_postfix(shown | ({"knn": f"{knn:.1f}%"} if knn is not None else {}))
+                clock, since = time.perf_counter(), done
+            bar.update()
+            if saves:
+                if accelerator.is_main_process:
+                    sums = {name: [float(v) for v in values] for name, values in window.items()}
+                    state = {"made_by": made_by, "window": sums, "baselines": baselines, "health": health}
+                    state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
+                    runs.save_checkpoint(folder, done, bare, optimizer.state_dict(), state, s["keep"])
+                accelerator.wait_for_everyone()
+            if stops and not last:
+                bar.close()
+                accelerator.end_training()
+                say(f"stopped at step {done}; go on with: accelerate launch bsim.py --resume {folder}")
+                return folder
     bar.close()
 
     # What is left behind.
@@ -251,7 +272,7 @@ def pretrain(
         runs.save_backbone(folder, bare.backbone)
         pictures.draw_curves(folder)
     accelerator.end_training()
-    say(_summary(folder, s, knn, baselines, skipped))
+    say(_summary(folder, s, knn, baselines, skipped, health))
     return folder
 
 
@@ -326,34 +347,35 @@ def _objective(losses, sim_weight):
 
 
 def _add(window, **values):
-    """Sums since the last log line, on the device: nothing waits for it between log lines."""
+    """What was seen since the last log line, on the device: nothing waits for it between log lines."""
     for name, value in values.items():
         if value is not None:
-            window[name] = window.get(name, 0.0) + value.detach().float()
-    window["parts"] = window.get("parts", 0) + 1
+            window.setdefault(name, []).append(value.detach().float())
 
 
 def _line(accelerator, window, losses, done, s):
     """A line of metrics: means over the window, which is emptied, and over the processes."""
-    parts = window.pop("parts")
     embeddings = F.normalize(losses.embeddings.detach().float(), dim=1)
     # The standard deviation of a unit vector's coordinate, times sqrt(D): 1 when spread (SimSiam, section 4.1).
-    spread = embeddings.std(0).mean() * embeddings.shape[1] ** 0.5
-    values = {"feature_std": spread, **{k: v / parts for k, v in window.items()}}
-    values = {k: float(accelerator.reduce(torch.as_tensor(v), reduction="mean")) for k, v in values.items()}
+    values = {"feature_std": embeddings.std(0).mean() * embeddings.shape[1] ** 0.5}
+    for name, seen in window.items():
+        values[name] = torch.stack([torch.as_tensor(v, device=accelerator.device) for v in seen]).mean()
+    values = {k: float(accelerator.reduce(v, reduction="mean")) for k, v in values.items()}
     window.clear()
     epoch = round(done / s["steps_per_epoch"], 3) if s["steps_per_epoch"] else None
     numbers = {k: values.get(k) for k in ("loss", "sim", "bsim")}
     return {"step": done, "epoch": epoch, **numbers, "lr": _lr(done - 1, s), "feature_std": values["feature_std"]}
 
 
-def _summary(folder, s, knn, baselines, skipped):
+def _summary(folder, s, knn, baselines, skipped, health):
     lines = [f"finished {folder} at step {s['steps']}"]
     if knn is not None:
         lines.append(f"  k-NN          {knn:.1f} %")
     if "knn_pixels" in baselines:
         lines.append(f"  raw pixels    {baselines['knn_pixels']:.1f} %")
         lines.append(f"  random net    {baselines['knn_random']:.1f} %")
+    if "warned" in health:
+        lines.append(f"  warning       the embeddings collapsed; {COLLAPSE}")
     if skipped:
         lines.append(f"  skipped       {skipped} bad images")
     lines.append(f"  weights       {folder / 'backbone.safetensors'}  ({s['backbone']}, as timm names them)")

@@ -1,0 +1,73 @@
+"""What ends a run in good order, and what warns of one that goes wrong."""
+
+import signal
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import runs
+from flags import RunError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def asked_to_stop():
+    """An event that SIGTERM and SIGINT set, so that a step can be finished; a second signal ends at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
+        yield asked
+        return
+    before = {kind: signal.getsignal(kind) for kind in SIGNALS}
+
+    def handle(kind, frame):
+        asked.set()
+        signal.signal(kind, before[kind])
+
+    for kind in SIGNALS:
+        signal.signal(kind, handle)
+    try:
+        yield asked
+    finally:
+        for kind in SIGNALS:
+            signal.signal(kind, before[kind])
+
+
+def agreed(accelerator, asked: threading.Event) -> bool:
+    """Whether any process was asked to stop; all get the same answer."""
+    flag = torch.tensor(float(asked.is_set()), device=accelerator.device)
+    return float(accelerator.reduce(flag, reduction="sum")) > 0
+
+
+def check_finite(accelerator, losses: list, folder: Path, done: int, s: dict, lr, batches) -> None:
+    """Stop the run if any of the losses since the last check, the last of step `done`, is not finite.
+
+    Writes failure.json with the step, its learning rate and the rows of its batch. Raises RunError.
+    """
+    values = torch.stack([torch.as_tensor(v, device=accelerator.device) for v in losses])
+    bad = (~values.isfinite()).nonzero().flatten()
+    first = bad[:1] if len(bad) else torch.full((1,), len(values), device=values.device)
+    first = int(accelerator.gather(first).min())
+    if first == len(values):
+        return
+    step = done - (len(values) - 1 - first) // s["accumulate"]
+    rows = batches.step_rows(step - 1).tolist() if hasattr(batches, "step_rows") else None
+    found = {"step": step, "lr": lr(step - 1, s), "rows": rows}
+    if accelerator.is_main_process:
+        runs.write_json(folder / "failure.json", found)
+    last = runs.last_checkpoint(folder)
+    where = f", rows {', '.join(map(str, rows[:8]))}, ... (all in {folder / 'failure.json'})" if rows else ""
+    good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+    raise RunError(f"the loss is not finite at step {step}, lr {found['lr']:g}{where}; {good}. Try a lower --lr")
+
+
+def collapsed(memory: dict, spread: float) -> bool:
+    """True once: when the spread of the embeddings has been under a tenth of its first value for three log lines."""
+    memory.setdefault("early", spread)
+    memory["low"] = memory.get("low", 0) + 1 if spread < memory["early"] / 10 else 0
+    if memory["low"] < 3 or "warned" in memory:
+        return False
+    memory["warned"] = True
+    return True
