@@ -322,7 +322,7 @@ def uniformity(x: Tensor, t: float = 2) -> Tensor:
     x: [N, D] float, N of 2 or more, normalised here. Scalar <= 0; lower is more uniform. Raises ValueError for other
     shapes.
     """
-    if len(x) < 2:
+    if x.dim() != 2 or len(x) < 2:
         raise ValueError(f"x: got shape {list(x.shape)}, want [N, D] with N of 2 or more")
     x, _ = _pair_of_unit(x, x)
     distances = torch.pdist(x).pow(2)

@@ -8,6 +8,7 @@ import io
 import math
 import re
 import signal
+import zlib
 from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
@@ -18,17 +19,14 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets.distributed import split_dataset_by_node
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from bsim import ViewRecipe, random_crop_box
 from flags import UserError
+from images import SMALL, LargeImages, SmallImages, TooLarge, bad_row, crop_pairs, decode
 
-SMALL = 64  # images whose longer side is at most this are decoded once, and cached
-PIXELS = 100_000_000  # an image that claims more is refused before it is decoded
-DECODER = 1  # raise when `to_rgb` or the cache's layout changes: cached pixels of another version are not used
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-BANK, QUERIES = 50_000, 10_000  # images of a k-NN evaluation, at most
+BANK, QUERIES = 50_000, 10_000  # images of a k-NN evaluation, at most; a tenth of that from a stream
 DIGITS = dict(min_crop=0.6, flip=0.0)  # views of the digits: half a digit, or a mirrored one, is another or none
 ORDER, CROP, VIEW, SPLIT = range(4)  # what a generator is for: keeps the streams of draws apart
 
@@ -40,179 +38,26 @@ def generator(*key: int) -> torch.Generator:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One image.
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB, upright: 16 bits are scaled down, transparency is laid on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # PIL would clip these to 255
-        values = np.asarray(image, dtype=np.float64)
-        highest = values.max(initial=0)
-        scale = 1 / 257 if image.mode != "F" and (";16" in image.mode or highest > 255) else 1
-        scale = 255 if image.mode == "F" and highest <= 1 else scale
-        image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def decode(record: dict) -> Image.Image:
-    """A row's {"bytes", "path"} as an RGB image; any way in which that can fail is a ValueError."""
-    try:
-        with Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"]) as image:
-            if image.width * image.height > PIXELS:
-                raise ValueError(f"claims {image.width} x {image.height} pixels")
-            return to_rgb(image)
-    except Exception as error:  # a broken file can raise anything, from SyntaxError to struct.error
-        reason = "cannot identify image file" if "cannot identify" in str(error) else str(error) or type(error).__name__
-        raise ValueError(reason) from error
-
-
-def bad_row(row, error) -> UserError:
-    return UserError(
-        f"row {row} of the dataset is not an image that can be read ({error}). "
-        "Mend it, or leave such rows out and count them: --skip_bad_images"
-    )
-
-
-def _pixels(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _centre(image, size):
-    """Shorter side to 8/7 of `size`, then the central square: the usual 256 and 224."""
-    scale = size * 8 / 7 / min(image.size)
-    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images by row. Small ones lie decoded in the `datasets` cache; large ones are decoded when asked for.
-
-
-class SmallImages:
-    """Images decoded once, all of one shape; `rows` may be any of range(len)."""
-
-    in_workers = False
-
-    def __init__(self, rows: Dataset, shape: tuple[int, int], skip_bad: bool):
-        settings = dict(shape=shape, skip_bad=skip_bad, decoder=DECODER)
-        features = Features(pixels=Value("binary"), **{k: v for k, v in rows.features.items() if k == "label"})
-        self.shape = shape
-        self.table = rows.map(
-            _decode_batch,
-            batched=True,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            features=features,
-            fn_kwargs=settings,
-            desc="decoding",
-        ).with_format("arrow")
-        self.skipped = len(rows) - len(self.table)
-
-    def __len__(self):
-        return len(self.table)
-
-    def labels(self, rows):
-        return torch.tensor(self.table[rows.tolist()]["label"].to_pylist())
-
-    def whole(self, rows, size):
-        """uint8 [N, 3, H, W]; the view that evaluates resizes them."""
-        pixels = bytearray(b"".join(self.table[rows.tolist()]["pixels"].to_pylist()))
-        return torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *self.shape, 3).permute(0, 3, 1, 2)
-
-    def pair(self, rows, recipes, generator):
-        images = self.whole(rows, None)
-        return images, images
-
-
-def _decode_batch(batch, indices, shape, skip_bad, decoder):
-    height, width = shape
-    kept = {name: [] for name in ("pixels", "label") if name == "pixels" or name in batch}
-    for i, row in enumerate(indices):
-        try:
-            image = decode(batch["image"][i])
-        except ValueError as error:
-            if skip_bad:
-                continue
-            raise bad_row(row, error) from None
-        if image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-        kept["pixels"].append(image.tobytes())
-        if "label" in kept:
-            kept["label"].append(batch["label"][i])
-    return kept
-
-
-class LargeImages:
-    """Images decoded and cropped when asked for, in DataLoader workers."""
-
-    in_workers = True
-
-    def __init__(self, rows: Dataset, skip_bad: bool):
-        self.table, self.skip_bad, self.skipped = rows, skip_bad, 0
-
-    def __len__(self):
-        return len(self.table)
-
-    def labels(self, rows):
-        return torch.tensor(self.table.select_columns("label")[rows.tolist()]["label"])
-
-    def _images(self, rows):
-        for row in rows.tolist():
-            for other in count(row):  # with skip_bad a bad row's place is taken by the next good one
-                try:
-                    yield decode(self.table[other % len(self)]["image"])
-                    break
-                except ValueError as error:
-                    if not self.skip_bad or other == row + len(self):
-                        raise bad_row(other % len(self), error) from None
-                    self.skipped += 1
-
-    def whole(self, rows, size):
-        return torch.stack([_pixels(_centre(image, size)) for image in self._images(rows)])
-
-    def pair(self, rows, recipes, generator):
-        return crop_pairs(self._images(rows), recipes, generator)
-
-
-def crop_pairs(images, recipes, generator):
-    """Two random-resized crops of each PIL image: uint8 [N, 3, size, size], twice."""
-    crops = ([], [])
-    for image in images:
-        for side, recipe in zip(crops, recipes):
-            box = random_crop_box(1, image.height, image.width, recipe.scale, recipe.ratio, generator=generator)
-            top, left, height, width = box[0].tolist()
-            crop = image.crop((left, top, left + width, top + height))
-            side.append(_pixels(crop.resize((recipe.size, recipe.size), Image.Resampling.BILINEAR)))
-    return tuple(torch.stack(side) for side in crops)
-
-
-def after_crop(recipe: ViewRecipe) -> ViewRecipe:
-    """What is left of a recipe for images that are cropped already."""
-    return recipe._replace(scale=(1, 1), ratio=(1, 1))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Opening a dataset.
 
 
 class Source(NamedTuple):
-    """An opened dataset. `queries` and `bank` are (images, rows) for k-NN, or None where there are no labels."""
+    """An opened dataset. `queries` and `bank` are (images, rows) for k-NN, or None where that is not possible."""
 
     train: SmallImages | LargeImages | datasets.IterableDataset
     rows: torch.Tensor | None  # the rows to train on; None for a stream
     bank: tuple | None
     queries: tuple | None
-    side: int  # the longer side of the first image
-    skipped: int  # bad images left out so far
+    side: int  # the longer side of the images, of a few
+    note: str | None  # why there is no k-NN
 
     @property
     def images(self):
         return None if self.rows is None else len(self.rows)
+
+    @property
+    def bad(self):
+        return set() if self.rows is None else set(self.train.bad)
 
 
 def open_source(
@@ -229,54 +74,90 @@ def open_source(
 ) -> Source:
     """Open `dataset` for pretraining. Raises UserError where it cannot be read or its columns are ambiguous."""
     splits = _load(dataset, subset, streaming)
-    train = _take_split(splits, split, dataset)
+    train = _columns(_take_split(splits, split, dataset), f"{dataset}, {split}", image_column, label_column)
+    held_out = None
     if eval_split is None:
         base = split.partition("[")[0]
         eval_split = next((s for s in ("validation", "valid", "val", "test") if s in splits and s != base), None)
-    held_out = _take_split(splits, eval_split, dataset) if eval_split else None
-    train, names = _columns(train, dataset, image_column, label_column)
-    if held_out is not None:
-        held_out, _ = _columns(held_out, dataset, image_column, label_column, names)
+    if eval_split:
+        held_out = _take_split(splits, eval_split, dataset)
+        held_out = _columns(held_out, f"{dataset}, {eval_split}", image_column, label_column, optional=True)
     if streaming:
-        return _stream_source(train, held_out, skip_bad_images)
+        return _stream_source(train, held_out, skip_bad_images, seed)
 
-    first = _first_image(train, skip_bad_images)
-    small = max(first.size) <= SMALL
-
-    def images(rows):
-        return SmallImages(rows, first.size[::-1], skip_bad_images) if small else LargeImages(rows, skip_bad_images)
-
-    labelled = "label" in train.features
-    train = images(train)
-    if len(train) == 0:
-        raise UserError(f"--dataset {dataset}: no image in it can be read")
+    shape = _common_shape(train, split, skip_bad_images)
+    train = _by_row(train, split, shape, skip_bad_images)
     rows = torch.randperm(len(train), generator=generator(seed, SPLIT))
-    if not labelled:
-        return Source(train, rows.sort().values, None, None, max(first.size), train.skipped)
-    if held_out is None or "label" not in held_out.features:
+    labels = train.labels(rows) if "label" in train.table.column_names else torch.empty(0)
+    note = _unfit(labels)
+    if note:
+        return Source(train, rows.sort().values, None, None, max(shape), note)
+    queries = None
+    if held_out is not None and "label" in held_out.column_names:
+        held_out = _by_row(held_out, eval_split, shape, skip_bad_images)
+        picked = torch.randperm(len(held_out), generator=generator(seed, SPLIT))[:QUERIES]
+        queries = (held_out, picked) if (held_out.labels(picked) >= 0).any() else None  # a Hub test set may say -1
+    if queries is None:
         kept = min(QUERIES, len(rows) // 10)
         queries, rows = (train, rows[:kept]), rows[kept:]
-    else:
-        held_out = images(held_out)
-        queries = (held_out, torch.randperm(len(held_out), generator=generator(seed, SPLIT))[:QUERIES])
-    bank = (train, rows[:BANK])
-    return Source(train, rows.sort().values, bank, queries, max(first.size), train.skipped)
+    return Source(train, rows.sort().values, (train, rows[:BANK]), queries, max(shape), None)
 
 
-def _stream_source(train, held_out, skip_bad):
-    side = max(_first_image(train, skip_bad).size)
+def _by_row(rows, split, shape, skip_bad):
+    if max(shape) <= SMALL:
+        try:
+            images = SmallImages(rows, split, shape, skip_bad)
+            if len(images) == 0:
+                raise UserError(f"split {split}: no image in it can be read")
+            return images
+        except TooLarge:  # though none of the few that were looked at
+            pass
+    return LargeImages(rows, split, skip_bad)
+
+
+def _unfit(labels) -> str | None:
+    """Why these labels cannot be evaluated by k-NN, or None."""
+    known = labels[labels >= 0]
+    if len(labels) == 0 or len(known) == 0:
+        return "no labels"
+    if len(labels) < 20:
+        return f"{len(labels)} images are too few to hold some out"
+    classes = len(known.unique())
+    if classes < 2 or classes > len(known) / 2:
+        return f"{classes} classes among {len(known)} labels"
+    return None
+
+
+def _stream_source(train, held_out, skip_bad, seed):
+    side = max(_common_shape(train.take(16), "the stream", skip_bad))
     if "label" not in _features(train):
-        return Source(train, None, None, None, side, 0)
-    head = list(train.take(10_000))
-    queries = list(held_out.take(5_000)) if held_out is not None else head[: len(head) // 10]
-    if held_out is None:
-        head, train = head[len(queries) :], train.skip(len(queries))
+        return Source(train, None, None, None, side, "no labels")
 
-    def images(records):
-        rows = Dataset.from_list(records, features=train.features)
-        return LargeImages(rows, skip_bad), torch.arange(len(rows))
+    def sample(stream, most):
+        records = list(stream.shuffle(seed=seed, buffer_size=1000).take(most))
+        rows = Dataset.from_list(records, features=_features(train))
+        return LargeImages(rows, "the stream's sample", skip_bad), torch.arange(len(rows))
 
-    return Source(train, None, images(head), images(queries), side, 0)
+    queries = None
+    if held_out is not None and "label" in _features(held_out):
+        queries = sample(held_out, QUERIES // 10)
+        queries = queries if (queries[0].labels(queries[1]) >= 0).any() else None
+    if queries is None:
+        queries = sample(train.filter(is_held_out), QUERIES // 20)
+        train = train.filter(is_not_held_out)
+    bank = sample(train, BANK // 10)
+    note = _unfit(bank[0].labels(bank[1])) or (None if len(queries[1]) else "no image was held out")
+    return Source(train, None, None if note else bank, None if note else queries, side, note)
+
+
+def is_held_out(record: dict) -> bool:
+    """A tenth of a stream, told by the images' bytes: the same for all workers, processes and epochs."""
+    image = record["image"]
+    return zlib.crc32(image["bytes"] if image["bytes"] is not None else image["path"].encode()) % 10 == 0
+
+
+def is_not_held_out(record: dict) -> bool:
+    return not is_held_out(record)
 
 
 def _features(rows):
@@ -284,14 +165,20 @@ def _features(rows):
     return rows.features or Dataset.from_list(list(rows.take(1))).features
 
 
-def _first_image(rows, skip_bad):
-    for row, record in enumerate(rows):
+def _common_shape(rows, split, skip_bad):
+    """The largest height and width of a few images, spread over the dataset."""
+    shapes = []
+    picked = range(0, len(rows), max(1, len(rows) // 16)) if isinstance(rows, Dataset) else None
+    for row, record in zip(picked or count(), map(rows.__getitem__, picked) if picked else rows):
         try:
-            return decode(record["image"])
+            image = decode(record["image"])
+            shapes.append((image.height, image.width))
         except ValueError as error:
             if not skip_bad:
-                raise bad_row(row, error) from None
-    raise UserError("the dataset has no rows that can be read")
+                raise bad_row(row, split, error) from None
+    if not shapes:
+        raise UserError(f"split {split}: no image in it can be read")
+    return max(height for height, _ in shapes), max(width for _, width in shapes)
 
 
 def _digits():
@@ -315,14 +202,17 @@ def _load(spec, subset, streaming):
         splits = _digits()
         return {k: v.to_iterable_dataset() for k, v in splits.items()} if streaming else splits
     path = Path(spec).expanduser()
-    files = sorted(glob.glob(str(path))) if any(c in spec for c in "*?[") else [str(path)] if path.is_file() else []
+    files = [glob.escape(str(path))] if path.is_file() else sorted(glob.glob(str(path)))
+    files = [] if path.is_dir() else files
     try:
         if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()):
             saved = datasets.load_from_disk(str(path))
             saved = saved if isinstance(saved, dict) else {"train": saved}
             return {k: v.to_iterable_dataset() for k, v in saved.items()} if streaming else dict(saved)
         if path.is_dir():
-            return dict(datasets.load_dataset(str(path), subset, streaming=streaming))
+            if subset is not None:
+                raise UserError(f"--subset {subset}: a folder has none")
+            return dict(datasets.load_dataset(str(path), streaming=streaming))
         if files:
             kinds = {FILES.get(Path(file).suffix) for file in files}
             if len(kinds) > 1 or None in kinds:
@@ -346,60 +236,60 @@ def _take_split(splits, wanted, spec):
         raise UserError(f"split {wanted!r}: {spec} has {', '.join(splits)}; write one, or a part, as in train[:5000]")
     rows, start, stop = splits[match[1]], int(match[2] or 0), int(match[3]) if match[3] else None
     if not isinstance(rows, Dataset):
-        rows = rows.skip(start) if start else rows
-        return rows.take(stop - start) if stop is not None else rows
+        if match[2] or match[3]:
+            raise UserError(f"split {wanted!r}: a part of a stream depends on who reads it; want a whole split")
+        return rows
     rows = rows.select(range(*slice(start, stop).indices(len(rows)))) if match[2] or match[3] else rows
     if len(rows) == 0:
         raise UserError(f"split {wanted!r} of {spec} has no rows")
     return rows
 
 
-def _columns(rows, spec, image, label, names=None):
-    """`rows` with only the columns "image", undecoded, and "label" where there is one; and the names of its classes."""
+def _columns(rows, spec, image, label, optional=False):
+    """`rows` with only the columns "image", undecoded, and "label", which may be missing where `optional`."""
     features = _features(rows)
 
-    def is_image(feature):
-        return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+    def kind(name):
+        return getattr(features[name], "dtype", "") or type(features[name]).__name__
 
-    def described():
-        return ", ".join(f"{k} ({getattr(v, 'dtype', type(v).__name__)})" for k, v in features.items())
+    def is_image(name):
+        found = features[name]
+        return isinstance(found, datasets.Image) or (isinstance(found, dict) and set(found) == {"bytes", "path"})
 
+    has = ", ".join(f"{name} ({kind(name)})" for name in features)
+    if optional and label not in (None, "none") and label not in features:
+        label = "none"
     for flag, name in (("image_column", image), ("label_column", label)):
         if name not in (None, "none") and name not in features:
-            raise UserError(f"--{flag} {name}: no such column in {spec}; it has {described()}")
+            raise UserError(f"--{flag} {name}: no such column in {spec}; it has {has}")
     if image is None:
-        found = [name for name, feature in features.items() if is_image(feature)]
+        found = [name for name in features if is_image(name)]
         if not found:
-            raise UserError(f"--dataset {spec}: no column holds images; it has {described()}")
+            raise UserError(f"--dataset {spec}: no column holds images; it has {has}")
         if len(found) > 1:
             raise UserError(
                 f"--dataset {spec}: images in columns {', '.join(found)}; choose: --image_column {found[0]}"
             )
         image = found[0]
-    elif not is_image(features[image]) and getattr(features[image], "dtype", "") not in ("binary", "large_binary"):
-        raise UserError(f"--image_column {image}: {getattr(features[image], 'dtype', 'that')} is no image column")
+    elif not is_image(image) and kind(image) not in ("binary", "large_binary"):
+        raise UserError(f"--image_column {image}: {kind(image)} is no image column")
+    numbers = [name for name in features if re.fullmatch(r"u?int\d+", kind(name))]
     if label is None:
-        found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-        integers = [k for k, v in features.items() if re.fullmatch(r"u?int\d+", getattr(v, "dtype", "") or "")]
-        found = found or (integers if len(integers) == 1 else [])
+        found = [name for name in features if isinstance(features[name], ClassLabel)]
+        found = found or (numbers if len(numbers) == 1 else [])
         if len(found) > 1:
             raise UserError(
                 f"--dataset {spec}: classes in columns {', '.join(found)}; choose: --label_column {found[0]}, or none"
             )
         label = found[0] if found else "none"
+    elif label != "none" and label not in numbers and kind(label) not in ("string", "large_string", "bool"):
+        raise UserError(f"--label_column {label}: {kind(label)} holds no classes; want integers or names")
     rows = rows.select_columns([image] + [label] * (label != "none"))
     rows = rows.rename_columns({k: v for k, v in ((image, "image"), (label, "label")) if k not in (v, "none")})
-    features = {"image": datasets.Image(decode=False)}
+    kept = {"image": datasets.Image(decode=False)}
     if label != "none":
-        features["label"] = rows.features["label"] if rows.features else Value("int64")
-        if getattr(features["label"], "dtype", "") in ("string", "large_string"):
-            if not isinstance(rows, Dataset):
-                raise UserError(
-                    f"--label_column {label}: names of classes cannot be numbered in a stream; want integers"
-                )
-            names = names or sorted(rows.unique("label"))
-            features["label"] = ClassLabel(names=names)
-    return rows.cast(Features(features)), names
+        kept["label"] = features[label] if rows.features else Value("int64")
+    return rows.cast(Features(kept))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,13 +326,10 @@ class Batches(torch.utils.data.Dataset):
         return self.source.rows[order[step * self.batch_size : (step + 1) * self.batch_size]]
 
     def __getitem__(self, i):
-        images = self.source.train
-        skipped = images.skipped
         try:
-            pair = images.pair(self.rows(i), self.recipes, generator(self.seed, CROP, i, self.rank))
+            return self.source.train.pair(self.rows(i), self.recipes, generator(self.seed, CROP, i, self.rank))
         except UserError as error:
             return error  # raised in a worker, it would arrive as a traceback
-        return *pair, images.skipped - skipped
 
 
 class StreamBatches(IterableDataset):
@@ -458,7 +345,7 @@ class StreamBatches(IterableDataset):
         info = get_worker_info()
         i, workers = (info.id, info.num_workers) if info else (0, 1)
         first = self.start - self.start % workers  # the round of workers that `start` is in
-        images, skipped = [], 0
+        images, bad = [], []
         for epoch in count():
             self.stream.set_epoch(epoch)
             any_row = False
@@ -471,13 +358,13 @@ class StreamBatches(IterableDataset):
                         images.append(decode(record["image"]))
                     except ValueError as error:
                         if not self.skip_bad:
-                            yield bad_row(f"{row} (in the stream's order)", error)
+                            yield bad_row(f"{row}, in its order,", "the stream", error)
                             return
-                        skipped += 1
+                        bad.append(str(zlib.crc32(record["image"]["bytes"] or record["image"]["path"].encode())))
                 if len(images) == self.part_size:
                     if i >= first:
-                        yield *crop_pairs(images, self.recipes, generator(self.seed, CROP, i, self.rank)), skipped
-                    images, skipped, i = [], 0, i + workers
+                        yield *crop_pairs(images, self.recipes, generator(self.seed, CROP, i, self.rank)), bad
+                    images, bad, i = [], [], i + workers
             if not any_row:
                 yield UserError("the stream has no rows for this process; use fewer processes or workers")
                 return
@@ -509,12 +396,13 @@ class _Whole(torch.utils.data.Dataset):
 
 
 def whole_images(images, rows, size, *, workers=0, chunk=256):
-    """uint8 batches of the images at `rows`, uncropped or centrally cropped, in order."""
+    """(uint8 batch, which are good) of the images at `rows`, uncropped or centrally cropped, in order."""
     parts = math.ceil(len(rows) / chunk)
     workers = min(workers, parts) if images.in_workers else 0
     for batch in DataLoader(
         _Whole(images, rows, size, chunk), batch_size=None, sampler=range(parts), num_workers=workers
     ):
         if isinstance(batch, UserError):
+            batch.everywhere = False
             raise batch
         yield batch

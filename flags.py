@@ -13,6 +13,8 @@ from typing import get_args, get_type_hints
 import fire
 from fire.decorators import SetParseFns
 
+given: set[str] = set()  # the flags on the command line; one that repeats a default is given too
+
 
 class UserError(ValueError):
     """A mistake of the user's, in one line: what was given, what is wanted, what to type instead."""
@@ -45,6 +47,13 @@ def _kinds(function):
     return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(function).items() if name != "return"}
 
 
+def _is_whole(text):
+    try:
+        return float(text).is_integer()
+    except ValueError:
+        return False
+
+
 def _parser(name, kinds):
     def parse(text):
         if bool in kinds and text in ("True", "true", "False", "false"):
@@ -54,9 +63,10 @@ def _parser(name, kinds):
         for kind in (int, float, str):
             if kind in kinds:
                 try:
-                    return kind(float(text)) if kind is int and float(text).is_integer() else kind(text)
-                except (ValueError, OverflowError):
-                    continue
+                    return kind(text)
+                except ValueError:
+                    if kind is int and _is_whole(text):  # 1e5
+                        return int(float(text))
         wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
         raise UserError(f"--{name} {text}: want {' or '.join(wanted[k] for k in kinds if k in wanted)}")
 
@@ -116,8 +126,11 @@ def launch(function, name: str) -> None:
     try:
         arguments = check(function, arguments)
         parsers = {flag: _parser(flag, kinds) for flag, kinds in _kinds(function).items()}
+        given.update(word[2:].partition("=")[0] for word in arguments)
         fire.Fire(SetParseFns(**parsers)(function), command=arguments, name=name, serialize=lambda result: None)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or not error.everywhere:
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.code)
+    finally:
+        given.clear()

@@ -1,5 +1,6 @@
 """What ends a run in good order, and what warns of one that goes wrong."""
 
+import shutil
 import signal
 import threading
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 import runs
-from flags import RunError
+from flags import RunError, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -33,6 +34,19 @@ def asked_to_stop():
     finally:
         for kind in SIGNALS:
             signal.signal(kind, before[kind])
+
+
+@contextmanager
+def leaves_nothing(folder: Path, start: int):
+    """A new run that bad input ends before its first checkpoint leaves no folder: it holds what we wrote alone."""
+    try:
+        yield
+    except RunError:
+        raise
+    except UserError:
+        if start == 0 and runs.last_checkpoint(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def agreed(accelerator, asked: threading.Event) -> bool:

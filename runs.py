@@ -7,6 +7,7 @@ import re
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -51,12 +52,13 @@ def _flush(path):
 def choose(out: str | None, method: str, dataset: str) -> Path:
     """The folder of a new run: `out`, or the first free runs/METHOD-DATASET-NUMBER. Refuses one that is in use."""
     if out is None:
+        _check_place(Path("runs"), "runs")
         word = re.sub(r"[^\w-]+", "-", Path(dataset).stem or "data").strip("-").lower()
-        taken = [int(p.name.rpartition("-")[2]) for p in Path("runs").glob(f"{method}-{word}-[0-9][0-9][0-9]")]
+        numbers = (path.name.rpartition("-")[2] for path in Path("runs").glob(f"{method}-{word}-*"))
+        taken = [int(number) for number in numbers if number.isdecimal()]
         return Path("runs") / f"{method}-{word}-{max(taken, default=0) + 1:03d}"
     folder = Path(out).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {out}: that is a file; name a folder that does not exist yet")
+    _check_place(folder, f"--out {out}")
     if (folder / "backbone.safetensors").exists():
         raise UserError(
             f"--out {out}: holds a finished run; write to another folder, or train it longer: --resume {out} --epochs N"
@@ -66,6 +68,14 @@ def choose(out: str | None, method: str, dataset: str) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--out {out}: is not empty and no run; name a folder that does not exist yet")
     return folder
+
+
+def _check_place(folder, said):
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise UserError(f"{said}: {place} is a file; name a folder that does not exist yet")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{said}: {place} may not be written to; name another folder with --out")
 
 
 def create(out: str | None, method: str, dataset: str) -> Path:
@@ -83,7 +93,10 @@ def config_of(folder: Path) -> dict:
     """The settings of the run in `folder`."""
     if not (folder / "config.json").exists():
         raise UserError(f"--resume {folder}: no run there (it has no config.json)")
-    return json.loads((folder / "config.json").read_text())
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"--resume {folder}: its config.json is damaged ({error})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,12 +176,18 @@ def load_checkpoint(folder: Path, method, made_by: dict) -> tuple[dict, dict]:
     Raises UserError where it was made by something else than `made_by` says.
     """
     last = last_checkpoint(folder)
-    state = json.loads((last / "state.json").read_text())
+    try:
+        state = json.loads((last / "state.json").read_text())
+        weights = load_file(last / "method.safetensors")
+        optimizer = torch.load(last / "optimizer.pt", map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{last}: is damaged ({reason}); without it --resume takes the one before") from error
     for name, wanted in made_by.items():
         if state["made_by"].get(name) != wanted:
             raise UserError(f"{last}: was made with {name} {state['made_by'].get(name)}, this run has {wanted}")
-    method.load_state_dict(load_file(last / "method.safetensors"))
-    return torch.load(last / "optimizer.pt", map_location="cpu", weights_only=True), state
+    method.load_state_dict(weights)
+    return optimizer, state
 
 
 def save_backbone(folder: Path, backbone) -> None:

@@ -5,7 +5,10 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 import data
+import flags
 import runs
 from flags import UserError, nearest, one_of
 from methods import METHODS
@@ -21,16 +24,18 @@ MAY_CHANGE = "epochs steps log_every eval_every checkpoint_every keep log_with w
 def read(given: dict, defaults: dict) -> tuple[dict, Path | None]:
     """The settings, checked as far as they can be without the data; and, where a run goes on, its folder."""
     s, folder = dict(given), None
-    if given["resume"] is True and given["out"] is None:
+    if given["epochs"] is not None and given["steps"] is not None:
+        raise UserError("--epochs and --steps: give one of them")
+    if given["resume"] == "" or given["resume"] is True and given["out"] is None:
         raise UserError("--resume: name the run's folder, as in --resume runs/byol-digits-001")
     if given["resume"]:
         folder = Path(given["out"] if given["resume"] is True else given["resume"]).expanduser()
         if given["resume"] is True and not (folder / "config.json").exists():
             folder = None  # --resume --out DIR: the same command starts a run and, after a kill, goes on with it
     if folder:
-        s = _resumed(folder, {k: v for k, v in given.items() if v != defaults[k]}, defaults)
-    elif given["epochs"] is not None and given["steps"] is not None:
-        raise UserError("--epochs and --steps: give one of them")
+        if given["out"] is not None and Path(given["out"]).expanduser() != folder:
+            raise UserError(f"--out {given['out']}: a run goes on in its own folder; drop --out, or drop --resume")
+        s = _resumed(folder, {k: v for k, v in given.items() if v != defaults[k] or k in flags.given}, defaults)
     check(s)
     return s, folder
 
@@ -45,7 +50,9 @@ def _resumed(folder, changed, defaults):
             f"--resume {folder}: goes on with that run's settings; drop these flags, or start another run"
             f"\n  {'flag':<18} {'the run has':<18} you gave{rows}"
         )
-    s = {k: config.get(k, defaults[k]) for k in defaults} | {k: v for k, v in changed.items() if k in MAY_CHANGE}
+    s = {k: config.get(k, defaults.get(k)) for k in (*defaults, "images")} | {
+        k: v for k, v in changed.items() if k in MAY_CHANGE
+    }
     if "epochs" in changed:
         s["steps"] = None
     elif "steps" in changed:
@@ -72,12 +79,13 @@ def check(s: dict) -> None:
         "a share from 0 to 1": (lambda v: 0 <= v <= 1, "sim_weight momentum flip"),
         "a share above 0, up to 1": (lambda v: 0 < v <= 1, "min_crop"),
         "a number above 0": (lambda v: 0 < v < math.inf, "alpha lr temperature"),
-        "0 or more": (lambda v: 0 <= v < math.inf, "weight_decay warmup_epochs workers eval_every seed"),
+        "0 or more": (lambda v: 0 <= v < math.inf, "weight_decay warmup_epochs workers eval_every"),
         "1 or more": (
             lambda v: v >= 1,
             "epochs steps batch_size accumulate queue hidden_dim embedding_dim predictor_dim log_every checkpoint_every"
             " keep",
         ),
+        "from 0 to 4294967295": (lambda v: 0 <= v < 2**32, "seed"),
         "8 or more": (lambda v: v >= 8, "image_size"),
     }
     for wanted, (holds, names) in ranges.items():
@@ -107,6 +115,9 @@ def resolve(s: dict, source: data.Source, method_file, device: str, world: int):
         raise UserError(
             f"--batch_size {s['batch_size']}: the dataset has {images} images to train on; want at most that"
         )
+    if s.get("images", images) != images:
+        raise UserError(f"--resume: the dataset has {images} images now, and had {s['images']} when the run began")
+    s["images"] = images
     s["steps_per_epoch"] = images // s["batch_size"] if images else None
     if s["steps"] is None:
         s["epochs"] = s["epochs"] or 50
@@ -116,7 +127,7 @@ def resolve(s: dict, source: data.Source, method_file, device: str, world: int):
     if s["workers"] is None:
         s["workers"] = min(8, max(1, (os.cpu_count() or 1) // world))
 
-    network = build_backbone(s["backbone"], s["image_size"])
+    network = _network(s["backbone"], s["image_size"])
     scale = dict(image_size=s["image_size"], width=network.num_features, steps=s["steps"], images=images)
     defaults = method_file.defaults(**scale)
     for name in LOOP + NETWORK:
@@ -130,6 +141,20 @@ def resolve(s: dict, source: data.Source, method_file, device: str, world: int):
     warmup = round(s["warmup_epochs"] * s["steps_per_epoch"]) if images else s["steps"] // 10 * (s["warmup_epochs"] > 0)
     s["warmup_steps"] = min(s["steps"] - 1, warmup)
     return network
+
+
+def _network(name, size):
+    """The backbone, after one image has gone through it: not every timm model takes every size."""
+    try:
+        network = build_backbone(name, size)
+        with torch.no_grad():
+            width = network.eval()(torch.zeros(1, 3, size, size)).shape[1:]
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--backbone {name}: does not take images of {size} pixels ({reason})") from error
+    if width != (network.num_features,):
+        raise UserError(f"--backbone {name}: gives {list(width)} numbers an image, not {network.num_features} features")
+    return network.train()
 
 
 def recipes(s: dict, method_file):

@@ -2,13 +2,14 @@
 
 import logging
 import math
+import shlex
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from timm.optim import Lars
 from torch import nn
 from tqdm.auto import tqdm
@@ -21,8 +22,10 @@ import settings
 from bsim import make_view, sample_mixture
 from eval.knn import knn_accuracy, pixels
 from flags import UserError
+from images import after_crop
 from methods import METHODS
 
+NOT_AGAIN = ("out", "resume", "sim_weight")  # flags that the command that is proposed does not repeat
 COLLAPSE = "their spread fell under a tenth of what it was. See curves.png; try a lower --lr or another --momentum"
 
 
@@ -128,8 +131,8 @@ def pretrain(
     accelerator = _accelerator(s, folder)
     say = accelerator.print
     rank, world = accelerator.process_index, accelerator.num_processes
-    if folder is None and accelerator.is_main_process:
-        runs.choose(s["out"], s["method"], s["dataset"])  # refuses a folder in use before anything is loaded
+    if folder is None:
+        runs.choose(s["out"], s["method"], s["dataset"])  # refuses a folder in use, in every process alike
 
     # The data, and what depends on it.
     names = "dataset subset split eval_split image_column label_column streaming skip_bad_images seed".split()
@@ -163,6 +166,9 @@ def pretrain(
     if resumes and accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
 
+    if source.note and s["eval_every"]:
+        say(f"k-NN is left out: {source.note}")
+
     # k-NN of what is there before training: before anything is written, since it meets unreadable images.
     def evaluate(features):
         return knn_accuracy(accelerator, source, features, image_size=s["image_size"], workers=s["workers"])
@@ -191,12 +197,12 @@ def pretrain(
 
     batches, parts = _batches(source, recipes, s, part, rank, world, start, accelerator)
     if source.rows is None or source.train.in_workers:  # cropped by the workers
-        recipes = tuple(data.after_crop(recipe) for recipe in recipes)
+        recipes = tuple(after_crop(recipe) for recipe in recipes)
 
     # The loop.
     bar = tqdm(total=s["steps"], initial=start, disable=not accelerator.is_main_process, unit="step")
-    knn, clock, since, skipped = None, time.perf_counter(), start, source.skipped
-    with guards.asked_to_stop() as asked:
+    knn, clock, since, bad = None, time.perf_counter(), start, source.bad
+    with guards.asked_to_stop() as asked, guards.leaves_nothing(folder, start):
         for step in range(start, s["steps"]):
             for group in optimizer.param_groups:
                 group["lr"] = s["peak_lr"] if group["constant"] else _lr(step, s)
@@ -205,8 +211,8 @@ def pretrain(
                 if isinstance(batch, UserError):
                     batch.everywhere = False
                     raise batch
-                *pair, bad = batch
-                skipped += bad
+                *pair, unreadable = batch
+                bad.update(unreadable)
                 draws = data.generator(s["seed"], data.VIEW, step * s["accumulate"] + micro, rank)
                 a, b = (
                     make_view(images.to(accelerator.device, non_blocking=True), recipe, generator=draws)
@@ -218,7 +224,9 @@ def pretrain(
                     rule = dict(kind=s["mix"], alpha=s["alpha"], per_sample=s["per_sample"])
                     mixture = sample_mixture(views, **rule, generator=draws)
                 if step == 0 and micro == 0 and accelerator.is_main_process:
-                    shown = pair[0] if source.rows is None else source.train.whole(batches.rows(0)[:8], s["image_size"])
+                    shown = (
+                        pair[0] if source.rows is None else source.train.whole(batches.rows(0)[:8], s["image_size"])[0]
+                    )
                     pictures.draw_views(folder / "views.png", shown, a, b, mixture, recipes)
                 with accelerator.accumulate(model):
                     losses = model(a, b, mixture, s["sim_weight"] > 0)
@@ -268,11 +276,12 @@ def pretrain(
     bar.close()
 
     # What is left behind.
+    bad = set(gather_object(sorted(bad)))
     if accelerator.is_main_process:
         runs.save_backbone(folder, bare.backbone)
         pictures.draw_curves(folder)
     accelerator.end_training()
-    say(_summary(folder, s, knn, baselines, skipped, health))
+    say(_summary(folder, s, given, knn, baselines, bad, health))
     return folder
 
 
@@ -305,8 +314,9 @@ def _optimizer(model, s):
         if parameter.requires_grad:
             decayed = s["optimizer"] == "sgd" or parameter.ndim > 1
             groups.setdefault((decayed, name.split(".")[0] == constant), []).append(parameter)
+    adapts = s["optimizer"] == "lars"  # timm's LARS would take steps of plain SGD where the weight decay is 0
     groups = [
-        dict(params=params, constant=fixed, weight_decay=s["weight_decay"] * decayed)
+        dict(params=params, constant=fixed, weight_decay=s["weight_decay"] * decayed, always_adapt=adapts and decayed)
         for (decayed, fixed), params in groups.items()
     ]
     kinds = {"sgd": torch.optim.SGD, "lars": Lars, "adamw": torch.optim.AdamW}
@@ -367,7 +377,7 @@ def _line(accelerator, window, losses, done, s):
     return {"step": done, "epoch": epoch, **numbers, "lr": _lr(done - 1, s), "feature_std": values["feature_std"]}
 
 
-def _summary(folder, s, knn, baselines, skipped, health):
+def _summary(folder, s, given, knn, baselines, bad, health):
     lines = [f"finished {folder} at step {s['steps']}"]
     if knn is not None:
         lines.append(f"  k-NN          {knn:.1f} %")
@@ -376,11 +386,14 @@ def _summary(folder, s, knn, baselines, skipped, health):
         lines.append(f"  random net    {baselines['knn_random']:.1f} %")
     if "warned" in health:
         lines.append(f"  warning       the embeddings collapsed; {COLLAPSE}")
-    if skipped:
-        lines.append(f"  skipped       {skipped} bad images")
+    if bad:
+        lines.append(f"  skipped       {len(bad)} bad images")
     lines.append(f"  weights       {folder / 'backbone.safetensors'}  ({s['backbone']}, as timm names them)")
     lines.append(f"  look at       {folder / 'views.png'}, {folder / 'curves.png'}")
     other = 1 if s["sim_weight"] < 1 else 0
-    words = f"--method {s['method']} --dataset {s['dataset']} --sim_weight {other}"
+    same = {k: v for k, v in given.items() if v is not None and v is not False and k not in NOT_AGAIN}
+    changed = {k: v for k, v in same.items() if v != pretrain.__defaults__[list(given).index(k)]}
+    words = " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in {"method": s["method"], **changed}.items())
+    words += f" --sim_weight {other}"
     lines.append(f"next: accelerate launch bsim.py {words}   ({'plain ' if other else 'BSIM with '}{s['method']})")
     return "\n".join(lines)

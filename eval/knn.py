@@ -38,19 +38,23 @@ def pixels(images):
 
 @torch.no_grad()
 def features(accelerator, network, part, *, image_size, workers=0):
-    """Features and labels of (images, rows), in the same order on every process; each computes its share."""
+    """Features and labels (-1: none, or a bad image) of (images, rows) on every process; each computes its share."""
     images, rows = part
     rank, world = accelerator.process_index, accelerator.num_processes
-    padded = torch.cat([rows, rows[: -len(rows) % world]])
+    padded = rows[torch.arange(-(-len(rows) // world) * world) % len(rows)]
     clean = ViewRecipe(image_size, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
-    found = []
-    for batch in data.whole_images(images, padded[rank::world], image_size, workers=workers):
+    found, readable = [], []
+    for batch, good in data.whole_images(images, padded[rank::world], image_size, workers=workers):
         view = make_view(batch.to(accelerator.device), clean, generator=torch.Generator())
         with accelerator.autocast():
             found.append(network(view).float())
-    found = accelerator.gather(torch.cat(found))
-    found = found.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[: len(rows)]
-    return found, images.labels(rows).to(found.device)
+        readable.append(good.to(accelerator.device))
+
+    def everyones(parts):
+        return accelerator.gather(torch.cat(parts)).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[: len(rows)]
+
+    labels = images.labels(rows).to(accelerator.device)
+    return everyones(found), labels.masked_fill(~everyones(readable), -1)
 
 
 def knn_accuracy(accelerator, source, network, **options):
@@ -65,5 +69,6 @@ def knn_accuracy(accelerator, source, network, **options):
     else:
         bank, queries = bank - bank.mean(0), queries - bank.mean(0)
     known, asked = labels >= 0, truth >= 0
-    bank, labels, queries, truth = bank[known], labels[known], queries[asked], truth[asked]
-    return float((knn_predict(queries, bank, labels, k=neighbours(labels)) == truth).float().mean() * 100)
+    names, classes = labels[known].unique(return_inverse=True)
+    predicted = knn_predict(queries[asked], bank[known], classes, k=neighbours(classes))
+    return float((names[predicted] == truth[asked]).float().mean() * 100)

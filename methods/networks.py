@@ -35,6 +35,8 @@ def backbone(name: str, image_size: int) -> nn.Module:
         network = timm.create_model(name, num_classes=0, img_size=image_size)  # transformers must know the size
     except TypeError:
         network = timm.create_model(name, num_classes=0)
+    # The width of what comes out, which for some (mobilenetv3) is not that of the last convolution.
+    network.num_features = getattr(network, "head_hidden_size", None) or network.num_features
     return _small_stem(network) if image_size <= SMALL and isinstance(network, ResNet) else network
 
 

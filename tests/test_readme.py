@@ -15,7 +15,7 @@ TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 def test_the_moco_example_runs_and_learns():
     block = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
     assert len(block.strip().splitlines()) <= 12
-    space = {"torch": torch}
+    space = {}
     exec(block, space)
     torch.manual_seed(0)
     query, key = (nn.Sequential(nn.Flatten(), nn.Linear(192, 16)) for _ in range(2))

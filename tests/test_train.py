@@ -111,7 +111,7 @@ def test_parts_of_a_batch_add_up(place, monkeypatch):
     monkeypatch.setattr("train.make_view", lambda images, recipe, generator: images[..., :8, :8].float() / 255)
     monkeypatch.setattr("settings.build_backbone", lambda name, size: Plain())
     monkeypatch.setattr("methods.networks.nn.BatchNorm1d", lambda width, affine: nn.Identity())
-    options = dict(method="simsiam", sim_weight=1.0, lr=0.5, **{**SHORT, "eval_every": 0})
+    options = dict(method="simsiam", sim_weight=1.0, lr=0.5, image_size=8, **{**SHORT, "eval_every": 0})
     one, two = (weights(pretrain(**options, accumulate=n, out=f"parts{n}")) for n in (1, 2))
     start = Plain().state_dict()
     for name in one:
@@ -194,6 +194,8 @@ def test_optimisers_decay_what_they_should(place, optimizer):
     groups = _optimizer(model, dict(optimizer=optimizer, peak_lr=1.0, weight_decay=0.5)).param_groups
     total = sum(len(group["params"]) for group in groups)
     assert total == len(list(model.parameters()))
+    if optimizer == "lars":  # without weight decay too
+        assert all(group["always_adapt"] == (group["weight_decay"] > 0) for group in groups)
     for group in groups:
         vectors = {p.ndim == 1 for p in group["params"]}
         if optimizer == "sgd":
@@ -221,6 +223,10 @@ def test_optimisers_decay_what_they_should(place, optimizer):
         (dict(sim_weight=float("nan")), "--sim_weight nan: want a share from 0 to 1"),
         (dict(lr=-0.1), "--lr -0.1: want a number above 0"),
         (dict(epochs=0), "--epochs 0: want 1 or more"),
+        (dict(seed=2**32), "--seed 4294967296: want from 0 to 4294967295"),
+        (dict(backbone="inception_v3"), "--backbone inception_v3: does not take images of 16 pixels ("),
+        (dict(split="train[:40]", batch_size=64), "--batch_size 64: the dataset has 36 images to train on"),
+        (dict(resume="a", epochs=1, steps=1), "--epochs and --steps: give one of them"),
         (dict(epochs=3, steps=3), "--epochs and --steps: give one of them"),
         (dict(streaming=True), "--streaming: the length of a stream is not known; say how long to train"),
         (dict(method="byol", temperature=0.1), "--temperature: byol has none"),
@@ -255,8 +261,71 @@ def test_a_folder_in_use_is_refused_and_left_alone(place):
     Path("other/thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="--out other: is not empty and no run"):
         pretrain(**SHORT, out="other")
-    with pytest.raises(UserError, match="--out other/thesis.tex: that is a file"):
+    with pytest.raises(UserError, match="--out other/thesis.tex: .*thesis.tex is a file"):
         pretrain(**SHORT, out="other/thesis.tex")
+
+
+def test_a_flag_that_repeats_a_default_counts_on_the_command_line(place, monkeypatch):
+    """On a resume --method byol is refused for a MoCo run although byol is the default."""
+    import flags
+
+    pretrain(method="moco", **SHORT, out="run")
+    monkeypatch.setattr(sys, "argv", ["bsim.py", "--resume", "run", "--method", "byol", "--log_every", "10"])
+    seen = []
+    monkeypatch.setattr("builtins.print", lambda *words, **options: seen.append(words))
+    with pytest.raises(SystemExit) as caught:
+        flags.launch(pretrain, "bsim.py")
+    assert caught.value.code == 2 and "method             moco               byol" in seen[0][0]
+    assert "log_every" not in seen[0][0] and not flags.given
+
+
+def test_the_proposed_command_repeats_the_flags(place, capsys):
+    from tests.test_data import table
+
+    table(60).to_parquet("my rows.parquet")
+    pretrain(dataset="my rows.parquet", label_column="none", steps=2, batch_size=16, sim_weight=1.0, out="run")
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "--dataset 'my rows.parquet' --label_column none --steps 2 --batch_size 16 --sim_weight 0 " in said
+    assert "--out" not in said
+
+
+def test_wide_and_narrow_backbones(place):
+    folder = pretrain(**{**SHORT, "eval_every": 0}, backbone="mobilenetv3_small_050", image_size=32)
+    assert json.loads((folder / "config.json").read_text())["hidden_dim"] == 2 * 1024
+
+
+def test_a_corrupt_image_in_the_middle_of_a_run_leaves_nothing(place):
+    from tests.test_data import folder as pets
+
+    path = pets(place, 64, (70, 90))
+    options = dict(
+        dataset=str(path), label_column="none", image_size=16, backbone="resnet_tiny", batch_size=8, workers=0
+    )
+    bad = path / "dog" / "3.png"  # none of those that are looked at first
+    bad.write_bytes(bad.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"row \d+ of train is not an image .* --skip_bad_images"):
+        pretrain(**options, steps=8, out="run")
+    assert not Path("run").exists()
+    pretrain(**options, steps=16, skip_bad_images=True, out="run")
+
+
+def test_damaged_files_are_named(place):
+    pretrain(**SHORT, checkpoint_every=3, out="run")
+    Path("run/backbone.safetensors").unlink()
+    weights = Path("run/checkpoints/step_000006/method.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"step_000006: is damaged .*; without it --resume takes the one before"):
+        pretrain(resume="run")
+    for file in weights.parent.iterdir():
+        file.unlink()
+    weights.parent.rmdir()
+    state = Path("run/checkpoints/step_000003/state.json")
+    state.write_text(state.read_text().replace('"resnet_tiny"', '"resnet18"'))
+    with pytest.raises(UserError, match="step_000003: was made with backbone resnet18, this run has resnet_tiny"):
+        pretrain(resume="run")
+    Path("run/config.json").write_text("{")
+    with pytest.raises(UserError, match="--resume run: its config.json is damaged"):
+        pretrain(resume="run")
 
 
 def test_a_corrupt_image_ends_a_run_before_it_writes(place):
@@ -264,7 +333,7 @@ def test_a_corrupt_image_ends_a_run_before_it_writes(place):
 
     path = str(spoiled(place, 40))
     options = dict(dataset=path, batch_size=8, steps=2, eval_every=0)
-    with pytest.raises(UserError, match=r"row \d+ of the dataset is not an image"):
+    with pytest.raises(UserError, match=r"row \d+ of train is not an image"):
         pretrain(**options, out="run")
     assert not Path("run").exists()
     assert (pretrain(**options, skip_bad_images=True, out="run") / "backbone.safetensors").exists()

@@ -1,0 +1,199 @@
+"""Images: one as RGB, many by row: small ones decoded in the `datasets` cache, large ones decoded when asked for."""
+
+import io
+import zlib
+from itertools import count
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Value
+from PIL import Image, ImageOps
+
+from bsim import ViewRecipe, random_crop_box
+from flags import UserError
+
+SMALL = 64  # images whose longer side is at most this are decoded once, and cached
+PIXELS = 100_000_000  # an image that claims more is refused before it is decoded
+DECODER = 1  # raise when `to_rgb` or the cache's layout changes: cached pixels of another version are not used
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One image.
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB, upright: 16 bits are scaled down, transparency is laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # PIL would clip these to 255
+        values = np.asarray(image, dtype=np.float64)
+        highest = values.max(initial=0)
+        scale = 1 / 257 if image.mode != "F" and (";16" in image.mode or highest > 255) else 1
+        scale = 255 if image.mode == "F" and highest <= 1 else scale
+        image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def decode(record: dict) -> Image.Image:
+    """A row's {"bytes", "path"} as an RGB image; any way in which that can fail is a ValueError."""
+    try:
+        with Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"]) as image:
+            if image.width * image.height > PIXELS:
+                raise ValueError(f"claims {image.width} x {image.height} pixels")
+            return to_rgb(image)
+    except Exception as error:  # a broken file can raise anything, from SyntaxError to struct.error
+        reason = "cannot identify image file" if "cannot identify" in str(error) else str(error) or type(error).__name__
+        raise ValueError(reason) from error
+
+
+def bad_row(row, split: str, error) -> UserError:
+    return UserError(
+        f"row {row} of {split} is not an image that can be read ({error}). "
+        "Mend it, or leave such rows out and count them: --skip_bad_images"
+    )
+
+
+def _pixels(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _centre(image, size):
+    """Shorter side to 8/7 of `size`, then the central square: the usual 256 and 224."""
+    scale = size * 8 / 7 / min(image.size)
+    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images by row. `pair` is two views' worth of uint8 images and the bad rows met; `whole` is for evaluation.
+
+
+class TooLarge(Exception):
+    """An image of more than SMALL pixels among small ones."""
+
+
+class SmallImages:
+    """Images decoded once, all made one shape. With skip_bad the bad ones are left out, and `bad` says which."""
+
+    in_workers = False
+
+    def __init__(self, rows: Dataset, split: str, shape: tuple[int, int], skip_bad: bool):
+        features = Features(pixels=Value("binary"), **{k: v for k, v in rows.features.items() if k == "label"})
+        self.shape = shape
+        self.table = rows.map(
+            _decode_batch,
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=features,
+            fn_kwargs=dict(split=split, shape=shape, skip_bad=skip_bad, decoder=DECODER),
+            desc="decoding",
+        ).with_format("arrow")
+        self.bad = {f"{split} {i}" for i in range(len(rows) - len(self.table))}
+
+    def __len__(self):
+        return len(self.table)
+
+    def labels(self, rows):
+        return class_numbers(self.table[rows.tolist()]["label"].to_pylist())
+
+    def whole(self, rows, size):
+        """uint8 [N, 3, H, W], whatever the size, which the view that evaluates gives them; and which are good: all."""
+        pixels = bytearray(b"".join(self.table[rows.tolist()]["pixels"].to_pylist()))
+        images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *self.shape, 3).permute(0, 3, 1, 2)
+        return images, torch.ones(len(images), dtype=torch.bool)
+
+    def pair(self, rows, recipes, generator):
+        images, _ = self.whole(rows, None)
+        return images, images, []
+
+
+def _decode_batch(batch, indices, split, shape, skip_bad, decoder):
+    height, width = shape
+    kept = {name: [] for name in ("pixels", "label") if name == "pixels" or name in batch}
+    for i, row in enumerate(indices):
+        try:
+            image = decode(batch["image"][i])
+        except ValueError as error:
+            if skip_bad:
+                continue
+            raise bad_row(row, split, error) from None
+        if max(image.size) > SMALL:
+            raise TooLarge
+        if image.size != (width, height):
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+        kept["pixels"].append(image.tobytes())
+        if "label" in kept:
+            kept["label"].append(batch["label"][i])
+    return kept
+
+
+class LargeImages:
+    """Images decoded and cropped when asked for, in DataLoader workers."""
+
+    in_workers = True
+
+    def __init__(self, rows: Dataset, split: str, skip_bad: bool):
+        self.table, self.split, self.skip_bad, self.bad = rows, split, skip_bad, set()
+
+    def __len__(self):
+        return len(self.table)
+
+    def labels(self, rows):
+        return class_numbers(self.table.select_columns("label")[rows.tolist()]["label"])
+
+    def _image(self, row):
+        """The image, or the error that says why there is none."""
+        try:
+            return decode(self.table[row]["image"])
+        except ValueError as error:
+            found = bad_row(row, self.split, error)
+            if not self.skip_bad:
+                raise found from None
+            return found
+
+    def whole(self, rows, size):
+        """uint8 [N, 3, size, size], the central square; and which are good: a bad one is black."""
+        found = [self._image(row) for row in rows.tolist()]
+        good = torch.tensor([not isinstance(image, UserError) for image in found])
+        black = torch.zeros(3, size, size, dtype=torch.uint8)
+        return torch.stack([_pixels(_centre(x, size)) if ok else black for x, ok in zip(found, good)]), good
+
+    def pair(self, rows, recipes, generator):
+        """Two crops of each image; the place of a bad one is taken by the next good one."""
+        found, bad = [], []
+        for row in rows.tolist():
+            for other in count(row):
+                image = self._image(other % len(self))
+                if not isinstance(image, UserError):
+                    break
+                bad.append(f"{self.split} {other % len(self)}")
+                if other == row + len(self):
+                    raise image
+            found.append(image)
+        return *crop_pairs(found, recipes, generator), bad
+
+
+def class_numbers(labels: list) -> torch.Tensor:
+    """int64 numbers for classes given as integers or names; -1 where there is none."""
+    numbers = (-1 if x is None else zlib.crc32(x.encode()) if isinstance(x, str) else int(x) for x in labels)
+    return torch.tensor(list(numbers), dtype=torch.int64)
+
+
+def crop_pairs(images, recipes, generator):
+    """Two random-resized crops of each PIL image: uint8 [N, 3, size, size], twice."""
+    crops = ([], [])
+    for image in images:
+        for side, recipe in zip(crops, recipes):
+            box = random_crop_box(1, image.height, image.width, recipe.scale, recipe.ratio, generator=generator)
+            top, left, height, width = box[0].tolist()
+            crop = image.crop((left, top, left + width, top + height))
+            side.append(_pixels(crop.resize((recipe.size, recipe.size), Image.Resampling.BILINEAR)))
+    return tuple(torch.stack(side) for side in crops)
+
+
+def after_crop(recipe: ViewRecipe) -> ViewRecipe:
+    """What is left of a recipe for images that are cropped already."""
+    return recipe._replace(scale=(1, 1), ratio=(1, 1))
