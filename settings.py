@@ -23,7 +23,7 @@ MAY_CHANGE = "epochs steps log_every eval_every checkpoint_every keep log_with w
 
 def read(given: dict, defaults: dict) -> tuple[dict, Path | None]:
     """The settings, checked as far as they can be without the data; and, where a run goes on, its folder."""
-    s, folder = dict(given), None
+    s, folder = {**given, "given": {k: v for k, v in given.items() if v != defaults[k]}}, None
     if given["epochs"] is not None and given["steps"] is not None:
         raise UserError("--epochs and --steps: give one of them")
     if given["resume"] == "" or given["resume"] is True and given["out"] is None:
@@ -50,9 +50,8 @@ def _resumed(folder, changed, defaults):
             f"--resume {folder}: goes on with that run's settings; drop these flags, or start another run"
             f"\n  {'flag':<18} {'the run has':<18} you gave{rows}"
         )
-    s = {k: config.get(k, defaults.get(k)) for k in (*defaults, "images")} | {
-        k: v for k, v in changed.items() if k in MAY_CHANGE
-    }
+    s = {k: config.get(k, defaults.get(k)) for k in (*defaults, "given", "images")}
+    s |= {k: v for k, v in changed.items() if k in MAY_CHANGE}
     if "epochs" in changed:
         s["steps"] = None
     elif "steps" in changed:

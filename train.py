@@ -281,7 +281,7 @@ def pretrain(
         runs.save_backbone(folder, bare.backbone)
         pictures.draw_curves(folder)
     accelerator.end_training()
-    say(_summary(folder, s, given, knn, baselines, bad, health))
+    say(_summary(folder, s, knn, baselines, bad, health))
     return folder
 
 
@@ -377,7 +377,7 @@ def _line(accelerator, window, losses, done, s):
     return {"step": done, "epoch": epoch, **numbers, "lr": _lr(done - 1, s), "feature_std": values["feature_std"]}
 
 
-def _summary(folder, s, given, knn, baselines, bad, health):
+def _summary(folder, s, knn, baselines, bad, health):
     lines = [f"finished {folder} at step {s['steps']}"]
     if knn is not None:
         lines.append(f"  k-NN          {knn:.1f} %")
@@ -391,9 +391,8 @@ def _summary(folder, s, given, knn, baselines, bad, health):
     lines.append(f"  weights       {folder / 'backbone.safetensors'}  ({s['backbone']}, as timm names them)")
     lines.append(f"  look at       {folder / 'views.png'}, {folder / 'curves.png'}")
     other = 1 if s["sim_weight"] < 1 else 0
-    same = {k: v for k, v in given.items() if v is not None and v is not False and k not in NOT_AGAIN}
-    changed = {k: v for k, v in same.items() if v != pretrain.__defaults__[list(given).index(k)]}
-    words = " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in {"method": s["method"], **changed}.items())
+    again = {"method": s["method"], **{k: v for k, v in s["given"].items() if k not in NOT_AGAIN}}
+    words = " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in again.items())
     words += f" --sim_weight {other}"
     lines.append(f"next: accelerate launch bsim.py {words}   ({'plain ' if other else 'BSIM with '}{s['method']})")
     return "\n".join(lines)
