@@ -336,10 +336,14 @@ class StreamBatches(IterableDataset):
     """The same from a stream. Batch i is made by worker i % workers, and drawn from (seed, i, process)."""
 
     def __init__(self, source, recipes, *, part_size, rank, world, seed, skip_bad, start=0):
-        stream = source.train.shuffle(seed=seed, buffer_size=max(1000, 4 * part_size))
-        self.stream = split_dataset_by_node(stream, rank=rank, world_size=world) if world > 1 else stream
-        self.recipes, self.part_size, self.rank, self.seed = recipes, part_size, rank, seed
-        self.skip_bad, self.start = skip_bad, start
+        self.source, self.recipes, self.part_size = source, recipes, part_size
+        self.rank, self.world, self.seed, self.skip_bad, self.start = rank, world, seed, skip_bad, start
+
+    def epoch(self, number):
+        """This process's rows in an epoch's order. (Not by set_epoch, whose number all workers share, and race for.)"""
+        order = generator(self.seed, ORDER, number).initial_seed() % 2**32
+        stream = self.source.train.shuffle(seed=order, buffer_size=max(1000, 4 * self.part_size))
+        return split_dataset_by_node(stream, rank=self.rank, world_size=self.world) if self.world > 1 else stream
 
     def __iter__(self):
         info = get_worker_info()
@@ -347,9 +351,8 @@ class StreamBatches(IterableDataset):
         first = self.start - self.start % workers  # the round of workers that `start` is in
         images, bad = [], []
         for epoch in count():
-            self.stream.set_epoch(epoch)
             any_row = False
-            for row, record in enumerate(self.stream):
+            for row, record in enumerate(self.epoch(epoch)):
                 any_row = True
                 if i < first:  # passed over undecoded
                     images.append(None)
