@@ -135,7 +135,8 @@ def _stream_source(train, held_out, skip_bad, seed):
 
     def sample(stream, most):
         records = list(stream.shuffle(seed=seed, buffer_size=1000).take(most))
-        rows = Dataset.from_list(records, features=_features(train))
+        columns = {name: [record[name] for record in records] for name in ("image", "label")}
+        rows = Dataset.from_dict(columns, features=_features(train))
         return LargeImages(rows, "the stream's sample", skip_bad), torch.arange(len(rows))
 
     queries = None
@@ -151,9 +152,13 @@ def _stream_source(train, held_out, skip_bad, seed):
 
 
 def is_held_out(record: dict) -> bool:
-    """A tenth of a stream, told by the images' bytes: the same for all workers, processes and epochs."""
-    image = record["image"]
-    return zlib.crc32(image["bytes"] if image["bytes"] is not None else image["path"].encode()) % 10 == 0
+    """A tenth of a stream, told by the image itself: the same for all workers, processes, epochs and machines."""
+    return _mark(record["image"]) % 10 == 0
+
+
+def _mark(image):
+    """A number for an image: from its bytes, or, of a file that is not read yet, from its folder and name."""
+    return zlib.crc32(image["bytes"] or "/".join(Path(image["path"]).parts[-2:]).encode())
 
 
 def is_not_held_out(record: dict) -> bool:
@@ -363,7 +368,7 @@ class StreamBatches(IterableDataset):
                         if not self.skip_bad:
                             yield bad_row(f"{row}, in its order,", "the stream", error)
                             return
-                        bad.append(str(zlib.crc32(record["image"]["bytes"] or record["image"]["path"].encode())))
+                        bad.append(str(_mark(record["image"])))
                 if len(images) == self.part_size:
                     if i >= first:
                         yield *crop_pairs(images, self.recipes, generator(self.seed, CROP, i, self.rank)), bad

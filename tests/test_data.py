@@ -398,6 +398,14 @@ def test_a_stream_holds_out_the_same_images_whoever_reads(place):
         assert len(seen) == len(set(seen)) == 80 - len(held) and not held & set(seen)
 
 
+def test_a_stream_so_short_that_none_is_held_out(place):
+    kept = [i for i in range(60) if images.zlib.crc32(encoded(picture(i))) % 10][:25]
+    rows = {"img": [picture(i) for i in kept], "label": [i % 2 for i in range(25)]}
+    Dataset.from_dict(rows, features=table(1).features).to_parquet("rows.parquet")
+    source = data.open_source("rows.parquet", streaming=True)
+    assert source.queries is None and source.note == "no image was held out"
+
+
 def test_small_images_among_which_a_large_one_turns_up(place):
     path = folder(place, 40, (20, 30))
     picture(99, 300, 400).save(path / "cat" / "large.png")

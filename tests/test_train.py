@@ -143,7 +143,7 @@ def test_labels_are_not_needed(place):
 def test_large_images_and_streams_train(place):
     from tests.test_data import folder as pets
 
-    path = str(pets(place, 24, (70, 90)))
+    path = str(pets(place, 60, (70, 90)))
     for options in (dict(), dict(streaming=True)):
         folder = pretrain(
             dataset=path,
