@@ -137,7 +137,7 @@ def pretrain(
     # The data, and what depends on it.
     names = "dataset subset split eval_split image_column label_column streaming skip_bad_images seed".split()
     with accelerator.main_process_first():
-        source = data.open_source(**{"dataset": s["dataset"], **{name: s[name] for name in names}})
+        source = data.open_source(**{name: s[name] for name in names})
     method_file = METHODS[s["method"]]
     set_seed(s["seed"])
     network = settings.resolve(s, source, method_file, accelerator.device.type, world)
