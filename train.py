@@ -243,7 +243,7 @@ def pretrain(
             logs = last or evaluates or done % s["log_every"] == 0
             stops = asked.is_set() if world == 1 else logs and guards.agreed(accelerator, asked)
             saves = last or stops or done % s["checkpoint_every"] == 0
-            if window and (logs or saves):
+            if logs or saves:
                 guards.check_finite(accelerator, window["loss"], folder, done, s, _lr, batches)
             if logs:
                 line = _line(accelerator, window, losses, done, s)
@@ -286,7 +286,7 @@ def pretrain(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Before the loop: settings.
+# Before the loop.
 
 
 def _accelerator(s, folder):
