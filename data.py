@@ -1,16 +1,10 @@
-"""Hugging Face datasets in, batches of uint8 images out.
-
-A batch is a pure function of (seed, step, process), so a run can start at any step without reading what it skips.
-"""
+"""Hugging Face datasets: a name, a folder or files in; images to train on, and images to evaluate on, out."""
 
 import glob
 import io
 import math
 import re
-import signal
-import zlib
-from functools import lru_cache
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,23 +12,16 @@ import datasets
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from datasets.distributed import split_dataset_by_node
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from batches import ORDER, SPLIT, generator
 from flags import UserError
-from images import SMALL, LargeImages, SmallImages, TooLarge, bad_row, crop_pairs, decode
+from images import SMALL, LargeImages, SmallImages, TooLarge, bad_row, decode, mark
 
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 BANK, QUERIES = 50_000, 10_000  # images of a k-NN evaluation, at most; a tenth of that from a stream
 DIGITS = dict(min_crop=0.6, flip=0.0)  # views of the digits: half a digit, or a mirrored one, is another or none
-ORDER, CROP, VIEW, SPLIT = range(4)  # what a generator is for: keeps the streams of draws apart
-
-
-def generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on these numbers alone."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed))
+SHARDS = 256  # into which a stream is cut, at most, where that costs nothing: workers share them, a resume skips them
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +121,13 @@ def _stream_source(train, held_out, skip_bad, seed):
         return Source(train, None, None, None, side, "no labels")
 
     def sample(stream, most):
-        records = list(stream.shuffle(seed=seed, buffer_size=1000).take(most))
+        """Up to `most` rows, few from each of many shards."""
+        shards, records = stream.num_shards, []
+        for shard in torch.randperm(shards, generator=generator(seed, ORDER)).tolist():
+            records += stream.shard(shards, shard, contiguous=False).take(math.ceil(most / min(64, shards)))
+            if len(records) >= most:
+                break
+        records = records[:most]
         columns = {name: [record[name] for record in records] for name in ("image", "label")}
         rows = Dataset.from_dict(columns, features=_features(train))
         return LargeImages(rows, "the stream's sample", skip_bad), torch.arange(len(rows))
@@ -153,12 +146,7 @@ def _stream_source(train, held_out, skip_bad, seed):
 
 def is_held_out(record: dict) -> bool:
     """A tenth of a stream, told by the image itself: the same for all workers, processes, epochs and machines."""
-    return _mark(record["image"]) % 10 == 0
-
-
-def _mark(image):
-    """A number for an image: from its bytes, or, of a file that is not read yet, from its folder and name."""
-    return zlib.crc32(image["bytes"] or "/".join(Path(image["path"]).parts[-2:]).encode())
+    return mark(record["image"]) % 10 == 0
 
 
 def is_not_held_out(record: dict) -> bool:
@@ -204,8 +192,7 @@ def _png(scan):
 def _load(spec, subset, streaming):
     """Every split of `spec` by name."""
     if spec == "digits":
-        splits = _digits()
-        return {k: v.to_iterable_dataset() for k, v in splits.items()} if streaming else splits
+        return _as_streams(_digits()) if streaming else _digits()
     path = Path(spec).expanduser()
     files = [glob.escape(str(path))] if path.is_file() else sorted(glob.glob(str(path)))
     files = [] if path.is_dir() else files
@@ -213,25 +200,38 @@ def _load(spec, subset, streaming):
         if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()):
             saved = datasets.load_from_disk(str(path))
             saved = saved if isinstance(saved, dict) else {"train": saved}
-            return {k: v.to_iterable_dataset() for k, v in saved.items()} if streaming else dict(saved)
+            return _as_streams(saved) if streaming else dict(saved)
         if path.is_dir():
             if subset is not None:
                 raise UserError(f"--subset {subset}: a folder has none")
-            return dict(datasets.load_dataset(str(path), streaming=streaming))
+            if streaming and datasets.load_dataset_builder(str(path)).name == "imagefolder":
+                return _as_streams(datasets.load_dataset(str(path)))  # a list of files; they are read as it trains
+            return _many_shards(datasets.load_dataset(str(path), streaming=streaming))
         if files:
             kinds = {FILES.get(Path(file).suffix) for file in files}
             if len(kinds) > 1 or None in kinds:
                 raise UserError(f"--dataset {spec}: want files that end in {', '.join(FILES)}, all alike")
-            return dict(datasets.load_dataset(kinds.pop(), data_files=files, streaming=streaming))
+            return _many_shards(datasets.load_dataset(kinds.pop(), data_files=files, streaming=streaming))
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec):
             raise UserError(f"--dataset {spec}: no such file or folder")
-        return dict(datasets.load_dataset(spec, subset, streaming=streaming))
+        return _many_shards(datasets.load_dataset(spec, subset, streaming=streaming))
     except UserError:
         raise
     except Exception as error:  # a loader of many formats raises whatever its format's library raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = "cannot be read" if files or path.is_dir() else "is no file or folder here, and the Hub did not serve it"
         raise UserError(f"--dataset {spec}: {kind} ({reason}). The default, digits, needs no network") from error
+
+
+def _as_streams(splits):
+    """Rows that are here already, read as they are asked for."""
+    return {k: v.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(v)))) for k, v in splits.items()}
+
+
+def _many_shards(splits):
+    """A stream of few parquet files by their row groups; of many not, since that reads each file's end."""
+    few = [k for k, v in splits.items() if not isinstance(v, Dataset) and v.num_shards < SHARDS // 4]
+    return {k: v.reshard() if k in few else v for k, v in splits.items()}
 
 
 def _take_split(splits, wanted, spec):
@@ -295,122 +295,3 @@ def _columns(rows, spec, image, label, optional=False):
     if label != "none":
         kept["label"] = features[label] if rows.features else Value("int64")
     return rows.cast(Features(kept))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches.
-
-
-@lru_cache(2)
-def _order(seed, epoch, n):
-    return torch.randperm(n, generator=generator(seed, ORDER, epoch))
-
-
-class Batches(torch.utils.data.Dataset):
-    """Batch i of this process, of the `parts` batches into which each step's global batch is cut.
-
-    Every part is another slice of one global batch, so the images of a step do not depend on the number of processes.
-    """
-
-    def __init__(self, source, recipes, *, batch_size, part_size, rank, world, seed):
-        self.source, self.recipes, self.seed = source, recipes, seed
-        self.batch_size, self.part_size, self.rank, self.world = batch_size, part_size, rank, world
-        self.accumulate = batch_size // (part_size * world)
-        self.steps_per_epoch = len(source.rows) // batch_size
-
-    def rows(self, i):
-        """The rows of batch i of this process."""
-        step, micro = divmod(i, self.accumulate)
-        start = (micro * self.world + self.rank) * self.part_size
-        return self.step_rows(step)[start : start + self.part_size]
-
-    def step_rows(self, step):
-        """The rows of the whole batch of a step, over all processes and parts."""
-        epoch, step = divmod(step, self.steps_per_epoch)
-        order = _order(self.seed, epoch, len(self.source.rows))
-        return self.source.rows[order[step * self.batch_size : (step + 1) * self.batch_size]]
-
-    def __getitem__(self, i):
-        try:
-            return self.source.train.pair(self.rows(i), self.recipes, generator(self.seed, CROP, i, self.rank))
-        except UserError as error:
-            return error  # raised in a worker, it would arrive as a traceback
-
-
-class StreamBatches(IterableDataset):
-    """The same from a stream. Batch i is made by worker i % workers, and drawn from (seed, i, process)."""
-
-    def __init__(self, source, recipes, *, part_size, rank, world, seed, skip_bad, start=0):
-        self.source, self.recipes, self.part_size = source, recipes, part_size
-        self.rank, self.world, self.seed, self.skip_bad, self.start = rank, world, seed, skip_bad, start
-
-    def epoch(self, number):
-        """This process's rows in an epoch's order. (Not by set_epoch, whose number all workers share, and race for.)"""
-        order = generator(self.seed, ORDER, number).initial_seed() % 2**32
-        stream = self.source.train.shuffle(seed=order, buffer_size=max(1000, 4 * self.part_size))
-        return split_dataset_by_node(stream, rank=self.rank, world_size=self.world) if self.world > 1 else stream
-
-    def __iter__(self):
-        info = get_worker_info()
-        i, workers = (info.id, info.num_workers) if info else (0, 1)
-        first = self.start - self.start % workers  # the round of workers that `start` is in
-        images, bad = [], []
-        for epoch in count():
-            any_row = False
-            for row, record in enumerate(self.epoch(epoch)):
-                any_row = True
-                if i < first:  # passed over undecoded
-                    images.append(None)
-                else:
-                    try:
-                        images.append(decode(record["image"]))
-                    except ValueError as error:
-                        if not self.skip_bad:
-                            yield bad_row(f"{row}, in its order,", "the stream", error)
-                            return
-                        bad.append(str(_mark(record["image"])))
-                if len(images) == self.part_size:
-                    if i >= first:
-                        yield *crop_pairs(images, self.recipes, generator(self.seed, CROP, i, self.rank)), bad
-                    images, bad, i = [], [], i + workers
-            if not any_row:
-                yield UserError("the stream has no rows for this process; use fewer processes or workers")
-                return
-
-
-def _leave_signals(worker):
-    """Signals are for the loop to answer: workers end with it."""
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(kind, signal.SIG_IGN)
-
-
-def loader(batches, start: int, stop: int, workers: int, pin: bool):
-    """Batches start to stop - 1, made by `workers` processes ahead of time (0: by this one, when asked for)."""
-    options = dict(batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=_leave_signals)
-    if isinstance(batches, StreamBatches):
-        return islice(DataLoader(batches, **options), start % max(1, workers), None)
-    return DataLoader(batches, sampler=range(start, stop), **options)
-
-
-class _Whole(torch.utils.data.Dataset):
-    def __init__(self, images, rows, size, chunk):
-        self.images, self.parts, self.size = images, rows.split(chunk), size
-
-    def __getitem__(self, i):
-        try:
-            return self.images.whole(self.parts[i], self.size)
-        except UserError as error:
-            return error
-
-
-def whole_images(images, rows, size, *, workers=0, chunk=256):
-    """(uint8 batch, which are good) of the images at `rows`, uncropped or centrally cropped, in order."""
-    parts = math.ceil(len(rows) / chunk)
-    workers = min(workers, parts) if images.in_workers else 0
-    for batch in DataLoader(
-        _Whole(images, rows, size, chunk), batch_size=None, sampler=range(parts), num_workers=workers
-    ):
-        if isinstance(batch, UserError):
-            batch.everywhere = False
-            raise batch
-        yield batch

@@ -49,12 +49,6 @@ def leaves_nothing(folder: Path, start: int):
         raise
 
 
-def agreed(accelerator, asked: threading.Event) -> bool:
-    """Whether any process was asked to stop; all get the same answer."""
-    flag = torch.tensor(float(asked.is_set()), device=accelerator.device)
-    return float(accelerator.reduce(flag, reduction="sum")) > 0
-
-
 def check_finite(accelerator, losses: list, folder: Path, done: int, s: dict, lr, batches) -> None:
     """Stop the run if any of the losses since the last check, the last of step `done`, is not finite.
 

@@ -3,7 +3,9 @@
 import io
 import zlib
 from itertools import count
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import torch
 from datasets import Dataset, Features, Value
@@ -38,13 +40,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def decode(record: dict) -> Image.Image:
     """A row's {"bytes", "path"} as an RGB image; any way in which that can fail is a ValueError."""
     try:
-        with Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"]) as image:
+        with _open(record) as file, Image.open(file) as image:
             if image.width * image.height > PIXELS:
                 raise ValueError(f"claims {image.width} x {image.height} pixels")
             return to_rgb(image)
     except Exception as error:  # a broken file can raise anything, from SyntaxError to struct.error
         reason = "cannot identify image file" if "cannot identify" in str(error) else str(error) or type(error).__name__
         raise ValueError(reason) from error
+
+
+def _open(record):
+    """The row's bytes, or its file: one of the Hub, or a regular one here, perhaps in an archive; no pipe or device."""
+    if record["bytes"] is not None:
+        return io.BytesIO(record["bytes"])
+    path = record["path"]
+    if path.startswith("hf://") or "::hf://" in path or Path(path.split("::")[-1]).is_file():
+        return fsspec.open(path).open() if "://" in path else open(path, "rb")
+    raise ValueError(f"no file {path}")
+
+
+def mark(record: dict) -> int:
+    """A number for an image: from its bytes, or, of a file that is not read yet, from its folder and name."""
+    return zlib.crc32(record["bytes"] or "/".join(Path((record["path"] or "").split("::")[0]).parts[-2:]).encode())
 
 
 def bad_row(row, split: str, error) -> UserError:

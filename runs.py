@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save, save_file
 
 from flags import RunError, UserError
 
-FORMAT = 1  # of a checkpoint; raised when an older one could no longer be read
+FORMAT = 2  # of a checkpoint; raised when an older one could no longer be read
 PACKAGES = "torch torchvision timm accelerate datasets einops fire numpy pillow safetensors scikit-learn".split()
 
 

@@ -65,6 +65,10 @@ def check(s: dict) -> None:
     one_of("mix", s["mix"], ("cutmix", "mixup", "either"))
     if s["optimizer"] is not None:
         one_of("optimizer", s["optimizer"], OPTIMIZERS)
+    if s["batch_norm"] is not None:
+        one_of("batch_norm", s["batch_norm"], ("sync", "shuffle", "local"))
+        if s["batch_norm"] == "shuffle" and s["method"] != "moco":
+            raise UserError(f"--batch_norm shuffle: only moco has keys to shuffle; {s['method']} takes sync or local")
     if s["mixed_precision"] is not None:
         one_of("mixed_precision", s["mixed_precision"], ("no", "fp16", "bf16"))
     if s["log_with"] is not None:
@@ -136,6 +140,7 @@ def resolve(s: dict, source: data.Source, method_file, device: str, world: int):
     for name, value in defaults.items():
         if s.get(name) is None:
             s[name] = value
+    s["batch_norm"] = s["batch_norm"] or method_file.Method.batch_norm
     s["peak_lr"] = s["lr"] * s["batch_size"] / 256
     warmup = round(s["warmup_epochs"] * s["steps_per_epoch"]) if images else s["steps"] // 10 * (s["warmup_epochs"] > 0)
     s["warmup_steps"] = min(s["steps"] - 1, warmup)

@@ -4,11 +4,12 @@ import logging
 import math
 import shlex
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from timm.optim import Lars
 from torch import nn
@@ -19,11 +20,14 @@ import guards
 import pictures
 import runs
 import settings
+from batches import VIEW, Batches, Feed, StreamBatches, generator, places_of
 from bsim import make_view, sample_mixture
 from eval.knn import knn_accuracy, pixels
 from flags import UserError
 from images import after_crop
 from methods import METHODS
+from methods.networks import average_statistics
+from peers import Peers, agreement
 
 NOT_AGAIN = ("out", "resume", "sim_weight")  # flags that the command that is proposed does not repeat
 COLLAPSE = "their spread fell under a tenth of what it was. See curves.png; try a lower --lr or another --momentum"
@@ -58,6 +62,7 @@ def pretrain(
     warmup_epochs: float | None = None,
     mixed_precision: str | None = None,
     compile: bool = False,
+    batch_norm: str | None = None,
     temperature: float | None = None,
     momentum: float | None = None,
     queue: int | None = None,
@@ -109,6 +114,8 @@ def pretrain(
       lr: for each 256 images of the batch; then warm-up and cosine
       weight_decay: on all but what LARS and AdamW exclude
       warmup_epochs: epochs of linear warm-up; in a stream a tenth of the steps
+      batch_norm: statistics over many GPUs: sync, of all; shuffle, each GPU's own, keys
+        changing places (moco); local, each GPU's own. On CPUs sync means local
       temperature: simclr, moco
       momentum: moco, byol: of the slow encoder
       queue: moco: keys that are kept
@@ -131,12 +138,13 @@ def pretrain(
     accelerator = _accelerator(s, folder)
     say = accelerator.print
     rank, world = accelerator.process_index, accelerator.num_processes
+    peers = Peers()
     if folder is None:
         runs.choose(s["out"], s["method"], s["dataset"])  # refuses a folder in use, in every process alike
 
     # The data, and what depends on it.
     names = "dataset subset split eval_split image_column label_column streaming skip_bad_images seed".split()
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         source = data.open_source(**{name: s[name] for name in names})
     method_file = METHODS[s["method"]]
     set_seed(s["seed"])
@@ -145,19 +153,25 @@ def pretrain(
     recipes = settings.recipes(s, method_file)
     model = method_file.Method(network, **{k: s[k] for k in s["of_method"] if k not in settings.LOOP})
     made_by = {"method": s["method"], "backbone": s["backbone"], "format": runs.FORMAT}
-    start, window, baselines, health = 0, {}, {}, {}
+    start, window, places, baselines, health = 0, {}, None, {}, {}
     optimizer = _optimizer(model, s)
     resumes = folder is not None and runs.last_checkpoint(folder) is not None  # else it was stopped before its first
     if resumes:
         optimizer_state, state = runs.load_checkpoint(folder, model, made_by)
         optimizer.load_state_dict(optimizer_state)
-        start, window, baselines, health = (state[name] for name in ("step", "window", "baselines", "health"))
+        start, baselines, health = (state[name] for name in ("step", "baselines", "health"))
+        own = state["processes"][rank if len(state["processes"]) == world else 0]
+        window, places = own["window"], [process["places"] for process in state["processes"]]
     if resumes and start >= s["steps"] and (folder / "backbone.safetensors").exists():
         raise UserError(f"--resume {folder}: is finished at step {start}; to train longer raise --epochs or --steps")
 
     # Processes, precision, compilation.
-    if world > 1 and accelerator.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.batch_norm = s["batch_norm"]
+    if world > 1 and s["batch_norm"] == "sync":
+        if accelerator.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        else:
+            say("note: on CPUs batch norm's statistics are each process's own")
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     if s["compile"]:
         model.compile()
@@ -184,7 +198,7 @@ def pretrain(
         folder = folder or runs.create(s["out"], s["method"], s["dataset"])
         runs.cut_metrics(folder, start)
         runs.write_json(folder / "config.json", {**s, "out": str(folder), "versions": runs.versions()})
-    folder = Path(broadcast_object_list([str(folder)])[0])
+    folder = peers.folder = Path(broadcast_object_list([str(folder)])[0])
     if s["log_with"]:
         accelerator.project_configuration.logging_dir = str(folder)
         plain = {k: v for k, v in s.items() if isinstance(v, (int, float, str, bool))}
@@ -195,25 +209,21 @@ def pretrain(
         f"sim_weight {s['sim_weight']:g} -> {folder}"
     )
 
-    batches, parts = _batches(source, recipes, s, part, rank, world, start, accelerator)
+    batches, feed = _batches(source, recipes, s, part, start, places, accelerator)
     if source.rows is None or source.train.in_workers:  # cropped by the workers
         recipes = tuple(after_crop(recipe) for recipe in recipes)
 
     # The loop.
     bar = tqdm(total=s["steps"], initial=start, disable=not accelerator.is_main_process, unit="step")
-    knn, clock, since, bad = None, time.perf_counter(), start, source.bad
-    with guards.asked_to_stop() as asked, guards.leaves_nothing(folder, start):
+    knn, clock, since = None, time.perf_counter(), start
+    with guards.asked_to_stop() as asked, guards.leaves_nothing(folder, start), peers:
+        stop_asked = agreement(asked)
         for step in range(start, s["steps"]):
             for group in optimizer.param_groups:
                 group["lr"] = s["peak_lr"] if group["constant"] else _lr(step, s)
             for micro in range(s["accumulate"]):
-                batch = next(parts)
-                if isinstance(batch, UserError):
-                    batch.everywhere = False
-                    raise batch
-                *pair, unreadable = batch
-                bad.update(unreadable)
-                draws = data.generator(s["seed"], data.VIEW, step * s["accumulate"] + micro, rank)
+                pair = next(feed)
+                draws = generator(s["seed"], VIEW, step * s["accumulate"] + micro, rank)
                 a, b = (
                     make_view(images.to(accelerator.device, non_blocking=True), recipe, generator=draws)
                     for images, recipe in zip(pair, recipes)
@@ -240,8 +250,8 @@ def pretrain(
 
             last = done == s["steps"]
             evaluates = source.queries and s["eval_every"] and (last or done % s["eval_every"] == 0)
+            stops = stop_asked()
             logs = last or evaluates or done % s["log_every"] == 0
-            stops = asked.is_set() if world == 1 else logs and guards.agreed(accelerator, asked)
             saves = last or stops or done % s["checkpoint_every"] == 0
             if logs or saves:
                 guards.check_finite(accelerator, window["loss"], folder, done, s, _lr, batches)
@@ -249,6 +259,7 @@ def pretrain(
                 line = _line(accelerator, window, losses, done, s)
                 line["images_per_second"] = round((done - since) * s["batch_size"] / (time.perf_counter() - clock), 1)
                 if evaluates:
+                    average_statistics(bare)
                     line["knn"] = knn = evaluate(bare.backbone)
                     line |= {} if "said" in baselines else baselines
                     baselines["said"] = True
@@ -262,9 +273,11 @@ def pretrain(
                 clock, since = time.perf_counter(), done
             bar.update()
             if saves:
+                average_statistics(bare)
+                own = {name: [float(v) for v in values] for name, values in window.items()}
+                processes = gather_object([{"window": own, "places": feed.places}])
                 if accelerator.is_main_process:
-                    sums = {name: [float(v) for v in values] for name, values in window.items()}
-                    state = {"made_by": made_by, "window": sums, "baselines": baselines, "health": health}
+                    state = {"made_by": made_by, "processes": processes, "baselines": baselines, "health": health}
                     state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
                     runs.save_checkpoint(folder, done, bare, optimizer.state_dict(), state, s["keep"])
                 accelerator.wait_for_everyone()
@@ -276,7 +289,7 @@ def pretrain(
     bar.close()
 
     # What is left behind.
-    bad = set(gather_object(sorted(bad)))
+    bad = set(gather_object(sorted(feed.bad)))
     if accelerator.is_main_process:
         runs.save_backbone(folder, bare.backbone)
         pictures.draw_curves(folder)
@@ -297,7 +310,10 @@ def _accelerator(s, folder):
             gradient_accumulation_steps=s["accumulate"],
             log_with=s["log_with"],
             project_dir=str(folder or s["out"] or "runs") if s["log_with"] else None,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # the others wait while one decodes; see Peers
+            ],
         )
     except ValueError as error:
         raise UserError(f"--mixed_precision {s['mixed_precision']}: {error}") from None
@@ -331,16 +347,22 @@ def _lr(step, s):
     return s["peak_lr"] * (1 + math.cos(math.pi * progress)) / 2
 
 
-def _batches(source, recipes, s, part, rank, world, start, accelerator):
+def _batches(source, recipes, s, part, start, places, accelerator):
+    rank, world = accelerator.process_index, accelerator.num_processes
     share = dict(part_size=part, rank=rank, world=world, seed=s["seed"])
     first, last = start * s["accumulate"], s["steps"] * s["accumulate"]
     if source.rows is None:
-        batches = data.StreamBatches(source, recipes, **share, skip_bad=s["skip_bad_images"], start=first)
         workers = min(s["workers"], source.train.num_shards // world)
+        readers = max(1, workers)
+        mine, goes_on = places_of(places, rank, world, readers)
+        if not goes_on:
+            accelerator.print("note: with another number of processes or workers the stream begins its next epoch")
+        share |= dict(readers=readers, skip_bad=s["skip_bad_images"], start=first, places=mine)
+        batches = StreamBatches(source, recipes, **share)
     else:
-        batches = data.Batches(source, recipes, **share, batch_size=s["batch_size"])
         workers = s["workers"] if source.train.in_workers else 0
-    return batches, iter(data.loader(batches, first, last, workers, pin=accelerator.device.type == "cuda"))
+        batches = Batches(source, recipes, **share, batch_size=s["batch_size"])
+    return batches, Feed(batches, first, last, workers, pin=accelerator.device.type == "cuda")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
+import batches
 from bsim import ViewRecipe, make_view
 
 
@@ -44,7 +44,7 @@ def features(accelerator, network, part, *, image_size, workers=0):
     padded = rows[torch.arange(-(-len(rows) // world) * world) % len(rows)]
     clean = ViewRecipe(image_size, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
     found, readable = [], []
-    for batch, good in data.whole_images(images, padded[rank::world], image_size, workers=workers):
+    for batch, good in batches.whole_images(images, padded[rank::world], image_size, workers=workers):
         view = make_view(batch.to(accelerator.device), clean, generator=torch.Generator())
         with accelerator.autocast():
             found.append(network(view).float())

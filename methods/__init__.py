@@ -5,6 +5,7 @@ defaults(image_size, width, steps, images) -> dict    every setting with its val
 views(image_size) -> (ViewRecipe, ViewRecipe)         how the two views a and b are drawn
 Method(backbone, **head settings)                     an nn.Module, called as method(a, b, mixture, sim) -> Losses;
                                                       `both_views`: whether the mixture stacks a and b as channels;
+                                                      `batch_norm`: sync, shuffle or local over several processes;
                                                       `after_step(progress)`: what follows an optimiser step
 """
 

@@ -39,6 +39,7 @@ def views(image_size):
 
 class Method(nn.Module):
     both_views = True
+    batch_norm = "sync"
 
     def __init__(self, backbone, *, hidden_dim, embedding_dim, momentum):
         super().__init__()

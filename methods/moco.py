@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bsim import ViewRecipe, info_nce
-from methods.networks import SMALL, Losses, gather, mlp, moving_average
+from methods.networks import SMALL, Losses, deal, deal_back, gather, mlp, moving_average
 
 
 def defaults(*, image_size, width, steps, images):
@@ -38,6 +38,7 @@ def views(image_size):
 
 class Method(nn.Module):
     both_views = False
+    batch_norm = "shuffle"  # section 3.3: a key's batch statistics are not its query's, which would give it away
 
     def __init__(self, backbone, *, hidden_dim, embedding_dim, temperature, momentum, queue):
         super().__init__()
@@ -51,7 +52,8 @@ class Method(nn.Module):
 
     def forward(self, a, b, mixture=None, sim=True):
         with torch.no_grad():
-            k = F.normalize(self.key_encoder(b).float(), dim=1)
+            k = deal_back(self.key_encoder(deal(b))) if self.batch_norm == "shuffle" else self.key_encoder(b)
+            k = F.normalize(k.float(), dim=1)
         sim_loss = bsim_loss = None
         if sim:
             q = self.projector(self.backbone(a))  # q = f_q(x^q)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import timm
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
@@ -83,6 +84,16 @@ def moving_average(target: nn.Module, online: nn.Module, momentum: float) -> Non
         slow.copy_(fast)
 
 
+@torch.no_grad()
+def average_statistics(network: nn.Module) -> None:
+    """Batch norm's running statistics become their mean over the processes, each of which has seen its own images."""
+    if processes()[1] > 1:
+        for name, buffer in network.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                dist.all_reduce(buffer)
+                buffer /= processes()[1]
+
+
 def processes() -> tuple[int, int]:
     """This process's rank, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -95,6 +106,18 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(x.contiguous()))
+
+
+def deal(x: torch.Tensor) -> torch.Tensor:
+    """[n, ...] of each process to n rows of all processes: row r, r + processes, ... for process r. No gradient."""
+    rank, world = processes()
+    return x if world == 1 else gather(x.detach())[rank::world]
+
+
+def deal_back(x: torch.Tensor) -> torch.Tensor:
+    """The inverse of `deal`: each row returns to the process that it came from."""
+    rank, world = processes()
+    return x if world == 1 else rearrange(gather(x.detach()), "(r n) d -> (n r) d", r=world).chunk(world)[rank]
 
 
 def gather_others(x: torch.Tensor) -> torch.Tensor | None:

@@ -35,6 +35,7 @@ def views(image_size):
 
 class Method(nn.Module):
     both_views = False
+    batch_norm = "sync"  # section 2.2, "Global BN"
 
     def __init__(self, backbone, *, hidden_dim, embedding_dim, temperature):
         super().__init__()

@@ -31,6 +31,7 @@ def views(image_size):
 
 class Method(nn.Module):
     both_views = True
+    batch_norm = "sync"  # section 3
     constant_lr = "predictor"  # section 4.2 and the published code: its learning rate does not decay
 
     def __init__(self, backbone, *, hidden_dim, embedding_dim, predictor_dim):

@@ -1,7 +1,6 @@
 """Datasets: every source, every kind of image, every refusal; batches that do not depend on who makes them."""
 
 import io
-import json
 import shutil
 import tarfile
 
@@ -12,6 +11,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
+import batches
 import data
 import images
 from bsim import ViewRecipe
@@ -277,125 +277,10 @@ def test_a_corrupt_small_image_names_its_row_or_is_left_out(place):
     assert len(source.bad) == 2 and len(source.train) == 18
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_large_image_names_its_row_or_is_replaced(place, workers):
-    path = spoiled(place, size=(70, 90))
-    for skip in (False, True):
-        source = data.open_source(str(path), skip_bad_images=True, label_column="none")
-        source.train.skip_bad = skip
-        batches = data.Batches(source, RECIPES, batch_size=20, part_size=20, rank=0, world=1, seed=0)
-        found = next(iter(data.loader(batches, 0, 1, workers, pin=False)))
-        if skip:
-            assert found[0].shape == found[1].shape == (20, 3, 16, 16) and len(set(found[2])) == 2
-        else:
-            assert isinstance(found, UserError) and "row" in str(found)
-
-
 def test_a_dataset_of_bad_images_only_ends(place):
     path = spoiled(place, 6, (70, 90), bad=range(6))
     with pytest.raises(UserError, match="no image in it can be read"):
         data.open_source(str(path), skip_bad_images=True)
-
-
-# Batches.
-
-
-def shares(source, world, accumulate, step):
-    found = []
-    for micro in range(accumulate):
-        for rank in range(world):
-            size = 16 // (world * accumulate)
-            batches = data.Batches(source, RECIPES, batch_size=16, part_size=size, rank=rank, world=world, seed=5)
-            found.append(batches.rows(step * accumulate + micro))
-    return torch.cat(found)
-
-
-def test_the_images_of_a_step_do_not_depend_on_processes_or_parts():
-    source = data.open_source("digits")
-    for step in (0, 3, 100, 101, 250):  # 101 steps an epoch
-        alone = shares(source, 1, 1, step)
-        assert len(set(alone.tolist())) == 16
-        for world, accumulate in ((2, 1), (1, 2), (4, 2)):
-            assert torch.equal(shares(source, world, accumulate, step), alone)
-
-
-def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
-    source = data.open_source("digits")
-    epochs = [torch.cat([shares(source, 1, 1, e * 101 + i) for i in range(101)]) for e in (0, 1)]
-    for rows in epochs:
-        assert len(set(rows.tolist())) == 101 * 16 and set(rows.tolist()) <= set(source.rows.tolist())
-    assert not torch.equal(*epochs)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_large_batches_start_anywhere_and_are_the_same_with_workers(place, workers):
-    source = data.open_source(str(folder(place, 20, (80, 100))))
-    assert source.train.in_workers and source.side == 100
-    batches = data.Batches(source, RECIPES, batch_size=6, part_size=6, rank=0, world=1, seed=1)
-    whole = [batches[i] for i in range(7)]
-    for i, (a, b, _) in zip(range(3, 7), data.loader(batches, 3, 7, workers, pin=False)):
-        assert torch.equal(a, whole[i][0]) and torch.equal(b, whole[i][1])
-    assert not torch.equal(whole[0][0], whole[0][1]) and not torch.equal(whole[0][0], whole[3][0])
-
-
-def test_workers_crop_as_the_device_would(place):
-    """A PIL crop of a large image against the core's of the same box."""
-    from bsim import random_crop_box, resized_crop
-
-    image = picture(4, 90, 120)
-    a, _ = images.crop_pairs([image], RECIPES, data.generator(1))
-    box = random_crop_box(1, 90, 120, RECIPES[0].scale, RECIPES[0].ratio, generator=data.generator(1))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-    assert float((resized_crop(pixels, box, 16) - a / 255).abs().max()) < 2 / 255
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_streams_show_every_image_and_start_anywhere(place, workers):
-    for shard in range(4):
-        table(12).select(range(shard * 3, shard * 3 + 3)).to_parquet(place / f"part-{shard}.parquet")
-    source = data.open_source("part-*.parquet", streaming=True, label_column="none")
-    make = dict(part_size=3, rank=0, world=1, seed=2, skip_bad=False)
-
-    def batches(start, n):
-        stream = data.StreamBatches(source, RECIPES, **make, start=start)
-        return [pair[0] for _, pair in zip(range(n), data.loader(stream, start, 99, workers, pin=False))]
-
-    whole = batches(0, 9)
-    for start in (5, 4, 1):
-        for i, batch in enumerate(batches(start, 4)):
-            assert torch.equal(batch, whole[start + i])
-    assert len({batch.numpy().tobytes() for batch in whole}) == 9
-
-
-def test_two_processes_share_a_stream(place):
-    for shard in range(4):
-        table(12).select(range(shard * 3, shard * 3 + 3)).to_parquet(place / f"part-{shard}.parquet")
-    source = data.open_source("part-*.parquet", streaming=True, label_column="none")
-    found = []
-    for rank in (0, 1):
-        stream = data.StreamBatches(source, RECIPES, part_size=1, rank=rank, world=2, seed=2, skip_bad=False)
-        found.append({record["image"]["bytes"] for record in stream.epoch(0)})
-    assert len(found[0]) == len(found[1]) == 6 and not found[0] & found[1]
-
-
-def test_generators_depend_on_every_number():
-    draws = {float(torch.rand((), generator=data.generator(*key))) for key in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (0, 1))}
-    assert len(draws) == 4
-    assert json.dumps(data.generator(1, 2).initial_seed()) == json.dumps(data.generator(1, 2).initial_seed())
-
-
-def test_a_stream_holds_out_the_same_images_whoever_reads(place):
-    for shard in range(4):
-        table(80).select(range(shard * 20, shard * 20 + 20)).to_parquet(place / f"part-{shard}.parquet")
-    source = data.open_source("part-*.parquet", streaming=True)
-    held = {source.queries[0].table[i]["image"]["bytes"] for i in source.queries[1].tolist()}
-    assert held
-    for world in (1, 2, 4):
-        seen = []
-        for rank in range(world):
-            stream = data.StreamBatches(source, RECIPES, part_size=1, rank=rank, world=world, seed=2, skip_bad=False)
-            seen += [record["image"]["bytes"] for record in stream.epoch(0)]
-        assert len(seen) == len(set(seen)) == 80 - len(held) and not held & set(seen)
 
 
 def test_a_stream_so_short_that_none_is_held_out(place):
@@ -411,7 +296,7 @@ def test_small_images_among_which_a_large_one_turns_up(place):
     picture(99, 300, 400).save(path / "cat" / "large.png")
     source = data.open_source(str(path))
     assert source.train.in_workers
-    wide, _, _ = source.train.pair(torch.arange(41), RECIPES, data.generator(0))
+    wide, _, _ = source.train.pair(torch.arange(41), RECIPES, batches.generator(0))
     assert wide.shape == (41, 3, 16, 16)
 
 

@@ -1,0 +1,225 @@
+"""Batches do not depend on who makes them, nor on where a run begins."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import images
+from batches import ORDER, Batches, Feed, Place, StreamBatches, generator, places_of
+from flags import UserError
+from tests.test_data import RECIPES, encoded, every_source, folder, picture, spoiled, table
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_large_image_names_its_row_or_is_replaced(place, workers):
+    path = spoiled(place, size=(70, 90))
+    for skip in (False, True):
+        source = data.open_source(str(path), skip_bad_images=True, label_column="none")
+        source.train.skip_bad = skip
+        batches = Batches(source, RECIPES, batch_size=20, part_size=20, rank=0, world=1, seed=0)
+        found = next(Feed(batches, 0, 1, workers, pin=False).made)
+        if skip:
+            assert found[0].shape == found[1].shape == (20, 3, 16, 16) and len(set(found[2])) == 2
+        else:
+            assert isinstance(found, UserError) and "row" in str(found)
+
+
+def shares(source, world, accumulate, step):
+    found = []
+    for micro in range(accumulate):
+        for rank in range(world):
+            size = 16 // (world * accumulate)
+            batches = Batches(source, RECIPES, batch_size=16, part_size=size, rank=rank, world=world, seed=5)
+            found.append(batches.rows(step * accumulate + micro))
+    return torch.cat(found)
+
+
+def test_the_images_of_a_step_do_not_depend_on_processes_or_parts():
+    source = data.open_source("digits")
+    for step in (0, 3, 100, 101, 250):  # 101 steps an epoch
+        alone = shares(source, 1, 1, step)
+        assert len(set(alone.tolist())) == 16
+        for world, accumulate in ((2, 1), (1, 2), (4, 2)):
+            assert torch.equal(shares(source, world, accumulate, step), alone)
+
+
+def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
+    source = data.open_source("digits")
+    epochs = [torch.cat([shares(source, 1, 1, e * 101 + i) for i in range(101)]) for e in (0, 1)]
+    for rows in epochs:
+        assert len(set(rows.tolist())) == 101 * 16 and set(rows.tolist()) <= set(source.rows.tolist())
+    assert not torch.equal(*epochs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_large_batches_start_anywhere_and_are_the_same_with_workers(place, workers):
+    source = data.open_source(str(folder(place, 20, (80, 100))))
+    assert source.train.in_workers and source.side == 100
+    batches = Batches(source, RECIPES, batch_size=6, part_size=6, rank=0, world=1, seed=1)
+    whole = [batches[i] for i in range(7)]
+    for i, (a, b) in enumerate(Feed(batches, 3, 7, workers, pin=False), 3):
+        assert torch.equal(a, whole[i][0]) and torch.equal(b, whole[i][1])
+    assert not torch.equal(whole[0][0], whole[0][1]) and not torch.equal(whole[0][0], whole[3][0])
+
+
+def test_workers_crop_as_the_device_would(place):
+    """A PIL crop of a large image against the core's of the same box."""
+    from bsim import random_crop_box, resized_crop
+
+    image = picture(4, 90, 120)
+    a, _ = images.crop_pairs([image], RECIPES, generator(1))
+    box = random_crop_box(1, 90, 120, RECIPES[0].scale, RECIPES[0].ratio, generator=generator(1))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    assert float((resized_crop(pixels, box, 16) - a / 255).abs().max()) < 2 / 255
+
+
+def test_generators_depend_on_every_number():
+    draws = {float(torch.rand((), generator=generator(*key))) for key in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (0, 1))}
+    assert len(draws) == 4
+    assert json.dumps(generator(1, 2).initial_seed()) == json.dumps(generator(1, 2).initial_seed())
+
+
+# Streams.
+
+
+def parquets(place, rows, shards):
+    each = len(rows) // shards
+    for shard in range(shards):
+        rows.select(range(shard * each, shard * each + each)).to_parquet(place / f"part-{shard}.parquet")
+    return place / "part-*.parquet"
+
+
+def feed(source, workers=0, start=0, places=None, **changed):
+    readers = max(1, workers)
+    options = dict(part_size=3, rank=0, world=1, readers=readers, seed=2, skip_bad=False) | changed
+    return Feed(StreamBatches(source, RECIPES, **options, start=start, places=places), start, 99, workers, pin=False)
+
+
+def epoch_of(source, number, reader=0, **changed):
+    """The images of one epoch of a reader, as bytes."""
+    options = dict(part_size=1, rank=0, world=1, readers=1, seed=2, skip_bad=False) | changed
+    seen = []
+    for place, block in StreamBatches(source, RECIPES, **options).blocks(reader, Place(number)):
+        if place.epoch > number:
+            return seen
+        seen += [image["bytes"] for image in block]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["shards", "rows.parquet", "saved", "folder", "shard.tar", "digits"])
+def test_streams_go_on_anywhere(place, monkeypatch, kind, workers):
+    """From the places after any batch: mid-block, mid-epoch, at an epoch's edge; however the images are stored."""
+    monkeypatch.setattr("batches.BLOCK", 5)
+    if kind in ("shard.tar", "rows.parquet") and workers:
+        pytest.skip("one file is one shard, for one worker")
+    made = {"shards": parquets(place, table(60), 4), "digits": "digits", **every_source(place)}
+    source = data.open_source(str(made[kind]), streaming=True, label_column="none")
+    whole, places = [], []
+    stream = feed(source, workers)
+    for _ in range(36):
+        whole.append(next(stream)[0])
+        places.append(json.loads(json.dumps(stream.places)))
+    assert len({batch.numpy().tobytes() for batch in whole}) == 36
+    for done in (1, 2, 5, 16, 17, 30):
+        saved, _ = places_of([places[done - 1]], 0, 1, max(1, workers))
+        again = feed(source, workers, done, saved)
+        for i in range(done, done + 6):
+            assert torch.equal(next(again)[0], whole[i])
+            assert [list(p) for p in again.places] == places[i]
+
+
+def test_an_epoch_of_a_stream_shows_every_image_once_in_another_order(place, monkeypatch):
+    monkeypatch.setattr("batches.BLOCK", 7)
+    rows = table(48)
+    source = data.open_source(str(parquets(place, rows, 4)), streaming=True, label_column="none")
+    every = sorted(record["image"]["bytes"] for record in source.train)
+    one, two = epoch_of(source, 0), epoch_of(source, 1)
+    assert sorted(one) == sorted(two) == every and one != two
+    shared = [epoch_of(source, 0, rank=rank, world=2, readers=2, reader=i) for rank in (0, 1) for i in (0, 1)]
+    assert sorted(sum(shared, [])) == every and all(len(part) == 12 for part in shared)
+
+
+def test_more_processes_than_shards_share_the_rows(place):
+    rows = table(20)
+    rows.to_parquet(place / "one.parquet")
+    source = data.open_source("one.parquet", streaming=True, label_column="none")
+    assert source.train.num_shards == 1
+    parts = [epoch_of(source, 0, rank=rank, world=3) for rank in range(3)]
+    assert sorted(sum(parts, [])) == sorted(record["image"]["bytes"] for record in source.train)
+
+
+def test_a_stream_goes_on_without_what_it_skips(place, monkeypatch):
+    """Far into an epoch it opens no shard but those of its block, and decodes no image twice."""
+    source = data.open_source(str(parquets(place, table(64), 16)), streaming=True, label_column="none")
+    monkeypatch.setattr("batches.BLOCK", 4)
+    stream = feed(source, part_size=4)
+    for _ in range(14):
+        next(stream)
+    opened, decoded = [], []
+    shard = type(source.train).shard
+    monkeypatch.setattr(type(source.train), "shard", lambda self, n, i, **k: opened.append(i) or shard(self, n, i, **k))
+    decode = images.decode
+    monkeypatch.setattr("batches.decode", lambda record: decoded.append(1) or decode(record))
+    again = feed(source, start=14, places=stream.places, part_size=4)
+    next(again)
+    order = torch.randperm(16, generator=generator(2, ORDER, 0)).tolist()
+    assert opened == order[11:] and len(decoded) == 4  # a block is 16 rows; the 14th batch is in the last
+
+
+def test_places_of_other_processes_begin_the_next_epoch():
+    saved = [[[3, 1, 0, 2], [4, 0, 0, 1]], [[3, 0, 0, 0], [3, 2, 1, 0]]]
+    assert places_of(saved, 1, 2, 2) == ([Place(3, 0, 0, 0), Place(3, 2, 1, 0)], True)
+    for world, readers in ((1, 2), (2, 1), (4, 2)):
+        assert places_of(saved, 0, world, readers) == ([Place(5)] * readers, False)
+    assert places_of(None, 0, 1, 1) == (None, True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_of_a_stream_do_not_shift_a_resume(place, monkeypatch, workers):
+    monkeypatch.setattr("batches.BLOCK", 5)
+    path = spoiled(place, 40, bad=range(0, 40, 7))
+    source = data.open_source(str(path), streaming=True, label_column="none", skip_bad_images=True)
+    stream = feed(source, workers, skip_bad=True)
+    whole = []
+    for i in range(12):
+        whole.append(next(stream)[0])
+        if i == 6:
+            places = list(stream.places)
+    assert stream.bad
+    again = feed(source, workers, 7, places, skip_bad=True)
+    for i in range(7, 12):
+        assert torch.equal(next(again)[0], whole[i])
+    with pytest.raises(UserError, match="of the stream is not an image that can be read"):
+        for _ in range(40):
+            next(feed(source, 0, 7, places))
+
+
+def test_a_stream_of_bad_images_only_ends(place):
+    source = data.open_source(str(folder(place, 20)), streaming=True, label_column="none")
+    for path in (place / "pets").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="the stream has no image that can be read"):
+        next(feed(source, skip_bad=True))
+
+
+def test_images_in_an_archive_are_read(place):
+    with zipfile.ZipFile(place / "a.zip", "w") as archive:
+        archive.writestr("cat/0.png", encoded(picture(1)))
+    found = images.decode({"bytes": None, "path": f"zip://cat/0.png::{place}/a.zip"})
+    assert np.array_equal(found, picture(1))
+    for path in ("/dev/zero", str(place), "http://localhost/a.png", "zip://a.png::http://localhost/a.zip", None):
+        with pytest.raises(ValueError):
+            images.decode({"bytes": None, "path": path})
+
+
+def test_a_stream_holds_out_the_same_images_whoever_reads(place):
+    source = data.open_source(str(parquets(place, table(80), 4)), streaming=True)
+    held = {source.queries[0].table[i]["image"]["bytes"] for i in source.queries[1].tolist()}
+    assert held
+    for world in (1, 2, 4):
+        seen = sum((epoch_of(source, 0, rank=rank, world=world) for rank in range(world)), [])
+        assert len(seen) == len(set(seen)) == 80 - len(held) and not held & set(seen)
