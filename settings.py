@@ -140,7 +140,7 @@ def resolve(s: dict, source: data.Source, method_file, device: str, world: int):
     for name, value in defaults.items():
         if s.get(name) is None:
             s[name] = value
-    s["batch_norm"] = s["batch_norm"] or method_file.Method.batch_norm
+    s["batch_norm"] = s["batch_norm"] or getattr(method_file.Method, "batch_norm", "sync")
     s["peak_lr"] = s["lr"] * s["batch_size"] / 256
     warmup = round(s["warmup_epochs"] * s["steps_per_epoch"]) if images else s["steps"] // 10 * (s["warmup_epochs"] > 0)
     s["warmup_steps"] = min(s["steps"] - 1, warmup)

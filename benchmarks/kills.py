@@ -1,6 +1,8 @@
 """A run that saves at every step, killed (SIGKILL) at random moments and resumed until it ends: is it the same run?
 
-    python benchmarks/kills.py [--kills 200] [--method byol] [--seed 0]
+    python benchmarks/kills.py [--kills 200] [--method byol moco] [--images cached large stream] [--seed 0]
+
+`--images cached` are small ones; `large` ones are decoded by two workers; `stream` are the large ones, streamed.
 
 Weights, momentum encoder, queue, optimiser state and metrics (times aside) are compared, bit for bit, with those of a
 run that nobody disturbed. Exit code 1 where they differ.
@@ -14,13 +16,20 @@ import signal
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import datasets  # noqa: E402
 import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from datasets import Image as ImageFeature  # noqa: E402
+from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from sklearn.datasets import load_digits  # noqa: E402
 
+from methods import METHODS  # noqa: E402
 from runs import last_checkpoint, read_metrics  # noqa: E402
 from train import pretrain  # noqa: E402
 
@@ -42,6 +51,11 @@ def fork(options: dict) -> int:
 
 def ended(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def reached(folder: Path, step: int) -> bool:
+    last = last_checkpoint(folder)
+    return last is not None and int(last.name[5:]) >= step
 
 
 def finish(options: dict) -> None:
@@ -70,38 +84,63 @@ def same(one, two) -> bool:
     return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 
+def large_digits(path: str) -> None:
+    """200 scans of 80 x 80 pixels, in parquet files of 50."""
+    scans = load_digits()
+    rows = {"image": [Image.fromarray((x * 15).astype("uint8")).resize((80, 80)) for x in scans.images[:200]]}
+    rows = Dataset.from_dict(rows | {"label": scans.target[:200].tolist()}).cast_column("image", ImageFeature())
+    for i in range(4):
+        rows.shard(4, i).to_parquet(f"{path}/{i}.parquet")
+
+
+def trial(method: str, images: str, kills: int, seed: int) -> dict:
+    """An undisturbed run, and one that is killed so often; both end in the current folder, which is new."""
+    draw, steps = random.Random(seed), max(40, 4 * kills)
+    run = dict(method=method, sim_weight=0.5, batch_size=16, accumulate=2, image_size=16, backbone="resnet_tiny")
+    run |= dict(steps=steps, checkpoint_every=1, log_every=3, eval_every=steps // 2)
+    if images == "cached":
+        run |= dict(dataset="digits", split="train[:200]")
+    else:
+        os.mkdir("large")
+        large_digits("large")
+        run |= dict(dataset="large", workers=2, streaming=images == "stream")
+    start = time.time()
+    finish(run | {"out": "whole"})
+    pace = (time.time() - start) / steps
+    killed, folder = 0, Path("cut")
+    for step in sorted(draw.sample(range(1, steps), kills)):
+        child = fork(run | {"out": "cut", "resume": True})
+        while not ended(child) and not reached(folder, step):
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 2 * pace))  # anywhere in a step, a save or the writing of a line
+        if ended(child):
+            break
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        killed += 1
+    if not (folder / "backbone.safetensors").exists():
+        finish(run | {"out": "cut", "resume": True})
+    alike = same(end(Path("whole")), end(folder))
+    return {"method": method, "images": images, "steps": steps, "kills": killed, "identical": alike}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--method", default="byol")
+    parser.add_argument("--method", nargs="+", default=["byol"], choices=METHODS)
+    parser.add_argument("--images", nargs="+", default=["cached"], choices=("cached", "large", "stream"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    draw = random.Random(options.seed)
-    run = dict(method=options.method, sim_weight=0.5, dataset="digits", split="train[:200]", batch_size=32)
-    run |= dict(steps=4 * options.kills, accumulate=2, checkpoint_every=1, log_every=3, eval_every=2 * options.kills)
-    with tempfile.TemporaryDirectory() as place:
-        os.chdir(place)
-        start = time.time()
-        finish(run | {"out": "whole"})
-        pace = (time.time() - start) / run["steps"]
-        killed, folder = 0, Path("cut")
-        while killed < options.kills:
-            before = last_checkpoint(folder)
-            child = fork(run | {"out": "cut", "resume": True})
-            while last_checkpoint(folder) == before and not ended(child):
-                time.sleep(0.002)
-            time.sleep(draw.uniform(0, 2 * pace))  # anywhere in a step, a save or the writing of a line
-            if ended(child):
-                break
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            killed += 1
-        if not (folder / "backbone.safetensors").exists():
-            finish(run | {"out": "cut", "resume": True})
-        alike = same(end(Path("whole")), end(folder))
-    json.dump({"method": options.method, "kills": killed, "identical": alike, "steps": run["steps"]}, sys.stdout)
-    print()
-    raise SystemExit(0 if alike else 1)
+    datasets.disable_progress_bars()
+    fails = 0
+    for method, images in product(options.method, options.images):
+        with tempfile.TemporaryDirectory() as place:
+            os.chdir(place)
+            found = trial(method, images, options.kills, options.seed)
+            print(json.dumps(found), flush=True)
+            fails += not found["identical"]
+            os.chdir("/")
+    raise SystemExit(1 if fails else 0)
 
 
 if __name__ == "__main__":

@@ -40,14 +40,25 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(place):
     assert [line["step"] for line in runs.read_metrics(Path("run"))] == list(range(1, step + 3))
 
 
+def killed(*words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 @pytest.mark.slow
 def test_ten_kills_change_nothing():
     """Slow for a test, and the promise that matters most: bit-identical after SIGKILL at random moments."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills", "10", "--method", "moco"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout) == {"method": "moco", "kills": 10, "identical": True, "steps": 40}
+    (found,) = killed("--kills", "10", "--method", "moco")
+    assert found == {"method": "moco", "images": "cached", "steps": 40, "kills": 10, "identical": True}
+
+
+@pytest.mark.slow
+def test_a_kill_changes_nothing_for_any_method_and_any_way_to_load():
+    found = killed("--kills", "1", "--seed", "3", "--method", *METHODS, "--images", "cached", "large", "stream")
+    assert len(found) == 12 and all(x["identical"] and x["kills"] == 1 for x in found)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(place):
