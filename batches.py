@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from flags import UserError
+from flags import UserError, reading
 from images import bad_row, crop_pairs, decode, mark
 
 ORDER, CROP, VIEW, SPLIT = range(4)  # what a generator is for: keeps the streams of draws apart
@@ -116,6 +116,13 @@ class StreamBatches(IterableDataset):
             place = Place(place.epoch + 1)
 
     def __iter__(self):
+        try:
+            with reading("--dataset: the stream"):
+                yield from self._made()
+        except UserError as error:  # raised in a worker, it would arrive as a traceback
+            yield error
+
+    def _made(self):
         info = get_worker_info()
         worker = info.id if info else 0
         reader, i = (self.start + worker) % self.readers, self.start + worker
@@ -123,8 +130,7 @@ class StreamBatches(IterableDataset):
         images, bad, used, last_good = [], [], place.used, place.epoch
         for block_place, block in self.blocks(reader, place):
             if block_place.epoch > last_good + 1:
-                yield UserError("the stream has no image that can be read")
-                return
+                raise UserError("the stream has no image that can be read")
             place = block_place._replace(used=used)
             order = _shuffled(len(block), self.seed, ORDER, *block_place, self.rank, reader).tolist()
             for j in order[used:]:
@@ -133,8 +139,7 @@ class StreamBatches(IterableDataset):
                     images.append(decode(block[j]))
                 except ValueError as error:
                     if not self.skip_bad:
-                        yield bad_row(f"{j} after row {place.row} of a shard", "the stream", error)
-                        return
+                        raise bad_row(f"{j} after row {place.row} of a shard", "the stream", error) from None
                     bad.append(str(mark(block[j])))
                     continue
                 last_good = place.epoch
@@ -143,7 +148,7 @@ class StreamBatches(IterableDataset):
                     yield *pair, bad, reader, place
                     images, bad, i = [], [], i + self.readers
             used = 0
-        yield UserError("the stream has no rows for this process; use fewer processes or workers")
+        raise UserError("the stream has no rows for this process; use fewer processes or workers")
 
 
 def places_of(saved: list | None, rank: int, world: int, readers: int):

@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
 from batches import ORDER, SPLIT, generator
-from flags import UserError
+from flags import UserError, first_line, reading
 from images import SMALL, LargeImages, SmallImages, TooLarge, bad_row, decode, mark
 
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
@@ -60,17 +60,18 @@ def open_source(
     seed: int = 0,
 ) -> Source:
     """Open `dataset` for pretraining. Raises UserError where it cannot be read or its columns are ambiguous."""
-    splits = _load(dataset, subset, streaming)
-    train = _columns(_take_split(splits, split, dataset), f"{dataset}, {split}", image_column, label_column)
-    held_out = None
-    if eval_split is None:
-        base = split.partition("[")[0]
-        eval_split = next((s for s in ("validation", "valid", "val", "test") if s in splits and s != base), None)
-    if eval_split:
-        held_out = _take_split(splits, eval_split, dataset)
-        held_out = _columns(held_out, f"{dataset}, {eval_split}", image_column, label_column, optional=True)
-    if streaming:
-        return _stream_source(train, held_out, skip_bad_images, seed)
+    with reading(f"--dataset {dataset}"):
+        splits = _load(dataset, subset, streaming)
+        train = _columns(_take_split(splits, split, dataset), f"{dataset}, {split}", image_column, label_column)
+        held_out = None
+        if eval_split is None:
+            base = split.partition("[")[0]
+            eval_split = next((s for s in ("validation", "valid", "val", "test") if s in splits and s != base), None)
+        if eval_split:
+            held_out = _take_split(splits, eval_split, dataset)
+            held_out = _columns(held_out, f"{dataset}, {eval_split}", image_column, label_column, optional=True)
+        if streaming:
+            return _stream_source(train, held_out, skip_bad_images, seed)
 
     shape = _common_shape(train, split, skip_bad_images)
     train = _by_row(train, split, shape, skip_bad_images)
@@ -218,9 +219,10 @@ def _load(spec, subset, streaming):
     except UserError:
         raise
     except Exception as error:  # a loader of many formats raises whatever its format's library raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = "cannot be read" if files or path.is_dir() else "is no file or folder here, and the Hub did not serve it"
-        raise UserError(f"--dataset {spec}: {kind} ({reason}). The default, digits, needs no network") from error
+        raise UserError(
+            f"--dataset {spec}: {kind} ({first_line(error)}). The default, digits, needs no network"
+        ) from error
 
 
 def _as_streams(splits):
@@ -289,6 +291,8 @@ def _columns(rows, spec, image, label, optional=False):
         label = found[0] if found else "none"
     elif label != "none" and label not in numbers and kind(label) not in ("string", "large_string", "bool"):
         raise UserError(f"--label_column {label}: {kind(label)} holds no classes; want integers or names")
+    if isinstance(features[image], datasets.Image):  # before anything else, which in a stream would decode it
+        rows = rows.cast_column(image, datasets.Image(decode=False))
     rows = rows.select_columns([image] + [label] * (label != "none"))
     rows = rows.rename_columns({k: v for k, v in ((image, "image"), (label, "label")) if k not in (v, "none")})
     kept = {"image": datasets.Image(decode=False)}

@@ -7,6 +7,7 @@ import difflib
 import inspect
 import os
 import sys
+from contextlib import contextmanager
 from types import NoneType
 from typing import get_args, get_type_hints
 
@@ -27,6 +28,21 @@ class RunError(UserError):
     """What ends a run that was asked for rightly: a loss that is not finite, a full disk."""
 
     code = 1
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def reading(what: str):
+    """A loader of many formats raises whatever its format's library raises; a user gets one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: cannot be read ({first_line(error)})") from error
 
 
 def nearest(word: str, names) -> str:

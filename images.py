@@ -55,7 +55,8 @@ def _open(record):
         return io.BytesIO(record["bytes"])
     path = record["path"]
     if path.startswith("hf://") or "::hf://" in path or Path(path.split("::")[-1]).is_file():
-        return fsspec.open(path).open() if "://" in path else open(path, "rb")
+        with fsspec.open(path) if "://" in path else open(path, "rb") as file:
+            return io.BytesIO(file.read())
     raise ValueError(f"no file {path}")
 
 

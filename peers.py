@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import runs
-from flags import RunError
+from flags import RunError, first_line
 from methods.networks import processes
 
 BEAT, SILENCE = 5, 30  # seconds between signs of life, and without one until a process counts as lost
@@ -62,7 +62,7 @@ class Peers:
         if self.world == 1:
             return
         if isinstance(error, RuntimeError) and re.search("gloo|nccl|connection|peer|timed? ?out", str(error), re.I):
-            found = RunError(f"another process has ended ({str(error).splitlines()[0]}); {self._advice()}")
+            found = RunError(f"another process has ended ({first_line(error)}); {self._advice()}")
             found.everywhere = False
             raise found from error
         if error is None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 
-from flags import RunError, UserError
+from flags import RunError, UserError, first_line
 
 FORMAT = 2  # of a checkpoint; raised when an older one could no longer be read
 PACKAGES = "torch torchvision timm accelerate datasets einops fire numpy pillow safetensors scikit-learn".split()
@@ -53,7 +53,7 @@ def choose(out: str | None, method: str, dataset: str) -> Path:
     """The folder of a new run: `out`, or the first free runs/METHOD-DATASET-NUMBER. Refuses one that is in use."""
     if out is None:
         _check_place(Path("runs"), "runs")
-        word = re.sub(r"[^\w-]+", "-", Path(dataset).stem or "data").strip("-").lower()
+        word = re.sub(r"[^\w-]+", "-", Path(dataset).stem).strip("-").lower() or "data"
         numbers = (path.name.rpartition("-")[2] for path in Path("runs").glob(f"{method}-{word}-*"))
         taken = [int(number) for number in numbers if number.isdecimal()]
         return Path("runs") / f"{method}-{word}-{max(taken, default=0) + 1:03d}"
@@ -181,8 +181,9 @@ def load_checkpoint(folder: Path, method, made_by: dict) -> tuple[dict, dict]:
         weights = load_file(last / "method.safetensors")
         optimizer = torch.load(last / "optimizer.pt", map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{last}: is damaged ({reason}); without it --resume takes the one before") from error
+        raise UserError(
+            f"{last}: is damaged ({first_line(error)}); without it --resume takes the one before"
+        ) from error
     for name, wanted in made_by.items():
         if state["made_by"].get(name) != wanted:
             raise UserError(f"{last}: was made with {name} {state['made_by'].get(name)}, this run has {wanted}")

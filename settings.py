@@ -10,7 +10,7 @@ import torch
 import data
 import flags
 import runs
-from flags import UserError, nearest, one_of
+from flags import UserError, first_line, nearest, one_of
 from methods import METHODS
 from methods.networks import SMALL, backbone_names
 from methods.networks import backbone as build_backbone
@@ -154,8 +154,7 @@ def _network(name, size):
         with torch.no_grad():
             width = network.eval()(torch.zeros(1, 3, size, size)).shape[1:]
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--backbone {name}: does not take images of {size} pixels ({reason})") from error
+        raise UserError(f"--backbone {name}: does not take images of {size} pixels ({first_line(error)})") from error
     if width != (network.num_features,):
         raise UserError(f"--backbone {name}: gives {list(width)} numbers an image, not {network.num_features} features")
     return network.train()

@@ -4,6 +4,7 @@ import logging
 import math
 import shlex
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -303,6 +304,8 @@ def pretrain(
 
 
 def _accelerator(s, folder):
+    for word in ("all_gather is deprecated", "`broadcast_buffers` is deprecated"):  # what is to replace them is private
+        warnings.filterwarnings("ignore", f".*{word}", FutureWarning)
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else it would not see torchrun's processes on a CPU

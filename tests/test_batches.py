@@ -194,8 +194,7 @@ def test_bad_images_of_a_stream_do_not_shift_a_resume(place, monkeypatch, worker
     for i in range(7, 12):
         assert torch.equal(next(again)[0], whole[i])
     with pytest.raises(UserError, match="of the stream is not an image that can be read"):
-        for _ in range(40):
-            next(feed(source, 0, 7, places))
+        list(feed(source, workers, 7, places))
 
 
 def test_a_stream_of_bad_images_only_ends(place):

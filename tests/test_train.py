@@ -1,8 +1,6 @@
 """Whole runs on the digits: what they leave, what they refuse, and that how they are cut up changes nothing."""
 
 import json
-import os
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -233,6 +231,8 @@ def test_optimisers_decay_what_they_should(place, optimizer):
         (dict(method="simclr", queue=9), "--queue: simclr has none"),
         (dict(log_with="wandb"), "--log_with wandb: is not installed; pip install wandb"),
         (dict(mixed_precision="fp16"), "--mixed_precision fp16: "),
+        (dict(batch_norm="group"), "--batch_norm group: want sync, shuffle, local"),
+        (dict(method="byol", batch_norm="shuffle"), "--batch_norm shuffle: only moco has keys to shuffle; byol takes"),
         (dict(resume=True), "--resume: name the run's folder"),
         (dict(resume="nothing"), "--resume nothing: no run there"),
     ],
@@ -350,34 +350,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError):
         runs.write(path, fails)
     assert json.loads(path.read_text()) == {"a": 1}
-
-
-def torchrun(place, processes, *words):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    head = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    done = subprocess.run(
-        [*head, str(ROOT / "bsim.py"), *words], cwd=place, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-@pytest.mark.parametrize("method", ["simclr", "moco"])
-def test_two_processes_train_together(place, method):
-    words = "--split train[:200] --batch_size 32 --steps 4 --log_every 2 --eval_every 2 --sim_weight 0.5".split()
-    torchrun(place, 2, "--method", method, *words, "--out", "two")
-    assert [line["step"] for line in lines("two")] == [2, 4]
-    assert lines("two")[-1]["knn"] > 0
-    assert json.loads(Path("two/config.json").read_text())["batch_size"] == 32
-    if method == "moco":  # both processes' keys: 4 steps of 32
-        checkpoint = load_file(Path("two/checkpoints/step_000004/method.safetensors"))
-        assert int(checkpoint["oldest"]) == 4 * 32 % len(checkpoint["queue"])
-
-
-def test_two_processes_evaluate_as_one(place):
-    """On an uneven number of images; nothing is trained, so the random network's k-NN must agree."""
-    words = "--split train[:101] --batch_size 32 --steps 1 --eval_every 1 --lr 1e-9".split()
-    torchrun(place, 2, *words, "--out", "two")
-    pretrain(split="train[:101]", batch_size=32, steps=1, eval_every=1, lr=1e-9, out="one")
-    for name in ("knn_pixels", "knn_random"):
-        assert lines("two")[0][name] == pytest.approx(lines("one")[0][name], abs=1e-4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import nn
 
 from bsim import Mixture, sample_mixture
@@ -66,6 +67,21 @@ def gradients(method):
     return {k: p.grad.clone() for k, p in method.named_parameters() if p.grad is not None}
 
 
+def moco_keys(batch_norm, rank):
+    """The keys that a process's MoCo takes from its half, by a network whose batch norm tells the halves apart."""
+    method = build("moco")
+    method.key_encoder.append(nn.BatchNorm1d(method.queue.shape[1], affine=False))
+    method.batch_norm = batch_norm
+    a, b = images_with_a_trend()
+    method(half(a, rank), half(b, rank))
+    return method.fresh[0]
+
+
+def images_with_a_trend():
+    a, b = torch.randn(2, N, 3, 6, 6, generator=torch.Generator().manual_seed(7))
+    return a, b + torch.linspace(0, 3, N).view(-1, 1, 1, 1)
+
+
 def in_process(rank, place):
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
@@ -84,6 +100,7 @@ def in_process(rank, place):
             optimizer.step()
             method.after_step(0.5)
         found[f"{name} {mode}"] = dict(loss=loss.detach(), gradients=first, end=method.state_dict())
+    found["keys"] = moco_keys("shuffle", rank)
     torch.save(found, f"{place}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -111,3 +128,18 @@ def test_two_processes_equal_one(two_processes, name, mode):
             torch.testing.assert_close(process["gradients"][k], gradient, rtol=0, atol=1e-5, msg=k)
     for k, value in found[0]["end"].items():  # queue and slow encoder included, after 20 steps
         assert torch.equal(value, found[1]["end"][k]), k
+
+
+def test_moco_shuffles_its_keys_across_processes(two_processes):
+    """Batch statistics are those of a half that holds rows of both processes, and each key returns to its query."""
+    method = build("moco")
+    _, b = images_with_a_trend()
+    with torch.no_grad():
+        keys = method.key_encoder(b)
+    wanted = torch.empty_like(keys)
+    for rank in range(WORLD):
+        rows = keys[rank::WORLD]
+        wanted[rank::WORLD] = (rows - rows.mean(0)) / (rows.var(0, unbiased=False) + 1e-5).sqrt()
+    for rank, found in enumerate(two_processes):
+        torch.testing.assert_close(found["keys"], half(F.normalize(wanted, dim=1), rank), rtol=0, atol=1e-5)
+        assert (moco_keys("local", rank) - found["keys"]).abs().max() > 0.1
