@@ -3,6 +3,7 @@
 import shutil
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,20 +13,27 @@ import runs
 from flags import RunError, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME = 3  # seconds within which a signal repeats the one before
 
 
 @contextmanager
 def asked_to_stop():
-    """An event that SIGTERM and SIGINT set, so that a step can be finished; a second signal ends at once."""
+    """An event that SIGTERM and SIGINT set, so that a step can be finished; one more, seconds later, ends at once.
+
+    Earlier it is the same request: a launcher passes on to its processes what they may have got themselves.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
         yield asked
         return
-    before = {kind: signal.getsignal(kind) for kind in SIGNALS}
+    before, when = {kind: signal.getsignal(kind) for kind in SIGNALS}, []
 
     def handle(kind, frame):
         asked.set()
-        signal.signal(kind, before[kind])
+        when.append(time.monotonic())
+        if when[-1] - when[0] > SAME:
+            signal.signal(kind, before[kind])
+            signal.raise_signal(kind)
 
     for kind in SIGNALS:
         signal.signal(kind, handle)
