@@ -64,9 +64,7 @@ def open_source(
         splits = _load(dataset, subset, streaming)
         train = _columns(_take_split(splits, split, dataset), f"{dataset}, {split}", image_column, label_column)
         held_out = None
-        if eval_split is None:
-            base = split.partition("[")[0]
-            eval_split = next((s for s in ("validation", "valid", "val", "test") if s in splits and s != base), None)
+        eval_split = eval_split or _split_to_evaluate(splits, split)
         if eval_split:
             held_out = _take_split(splits, eval_split, dataset)
             held_out = _columns(held_out, f"{dataset}, {eval_split}", image_column, label_column, optional=True)
@@ -89,6 +87,86 @@ def open_source(
         kept = min(QUERIES, len(rows) // 10)
         queries, rows = (train, rows[:kept]), rows[kept:]
     return Source(train, rows.sort().values, (train, rows[:BANK]), queries, max(shape), None)
+
+
+class Labelled(NamedTuple):
+    """Images with classes: rows of `images`, and of each the number of its class among `names`."""
+
+    images: SmallImages | LargeImages
+    rows: torch.Tensor
+    labels: torch.Tensor  # int64
+    names: list
+
+
+def open_labelled(
+    dataset: str,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_bad_images: bool = False,
+    seed: int = 0,
+) -> tuple[Labelled, Labelled]:
+    """Open `dataset` for evaluation: images to learn from, and images to be judged by.
+
+    These are the split that is called validation or test or, where there is none, the tenth that pretraining with this
+    seed held out. Raises UserError where there are no labels, or where the two have other classes.
+    """
+    splits = _load(dataset, subset, False)
+    eval_split = eval_split or _split_to_evaluate(splits, split)
+    opened = []
+    for wanted in (split, eval_split) if eval_split else (split,):
+        rows = _columns(_take_split(splits, wanted, dataset), f"{dataset}, {wanted}", image_column, label_column)
+        if "label" not in rows.column_names:
+            raise UserError(
+                f"--dataset {dataset}: split {wanted} has no labels; name their column: --label_column NAME"
+            )
+        shape = opened[0][0].shape if opened and not opened[0][0].in_workers else None
+        images = _by_row(rows, wanted, shape or _common_shape(rows, wanted, skip_bad_images), skip_bad_images)
+        numbers = images.labels(torch.arange(len(images)))
+        names = rows.features["label"].names if isinstance(rows.features["label"], ClassLabel) else None
+        opened.append((images, numbers, names))
+    if len(opened) == 1:
+        rows = torch.randperm(len(opened[0][0]), generator=generator(seed, SPLIT))
+        kept = min(QUERIES, len(rows) // 10)
+        parts = [(*opened[0], rows[kept:].sort().values), (*opened[0], rows[:kept].sort().values)]
+    else:
+        parts = [(*part, torch.arange(len(part[0]))) for part in opened]
+    _same_classes(dataset, *parts)
+    classes = parts[0][1][parts[0][3]]
+    classes = classes[classes >= 0].unique()
+    found = []
+    for images, numbers, names, rows in parts:
+        rows = rows[numbers[rows] >= 0]
+        labels = torch.searchsorted(classes, numbers[rows])
+        listed = [names[c] if names else str(c) for c in classes.tolist()]
+        found.append(Labelled(images, rows, labels, listed))
+    return tuple(found)
+
+
+def _same_classes(dataset, train, test):
+    known, asked = (set(part[1][part[3]].tolist()) - {-1} for part in (train, test))
+    if len(known) < 2 or not asked:
+        raise UserError(
+            f"--dataset {dataset}: {len(known)} classes to learn, {len(asked)} to be judged by; want 2 or more"
+        )
+    if train[2] != test[2]:
+        unlike = [pair for pair in zip(train[2] or [], test[2] or []) if pair[0] != pair[1]]
+        said = f"class {unlike[0][0]!r} there is {unlike[0][1]!r} here" if unlike else "other classes"
+        raise UserError(
+            f"--dataset {dataset}: the split to evaluate has {said}; want the classes of the split to train"
+        )
+    if asked - known:
+        first = sorted(asked - known)[0]
+        name = train[2][first] if train[2] else first
+        raise UserError(f"--dataset {dataset}: class {name} is only in the split to evaluate, which cannot be learnt")
+
+
+def _split_to_evaluate(splits, split):
+    base = split.partition("[")[0]
+    return next((s for s in ("validation", "valid", "val", "test") if s in splits and s != base), None)
 
 
 def _by_row(rows, split, shape, skip_bad):

@@ -89,14 +89,14 @@ def create(out: str | None, method: str, dataset: str) -> Path:
             continue
 
 
-def config_of(folder: Path) -> dict:
-    """The settings of the run in `folder`."""
+def config_of(folder: Path, flag: str = "--resume") -> dict:
+    """The settings of the run in `folder`, which `flag` names."""
     if not (folder / "config.json").exists():
-        raise UserError(f"--resume {folder}: no run there (it has no config.json)")
+        raise UserError(f"{flag} {folder}: no run there (it has no config.json)")
     try:
         return json.loads((folder / "config.json").read_text())
     except ValueError as error:
-        raise UserError(f"--resume {folder}: its config.json is damaged ({error})") from error
+        raise UserError(f"{flag} {folder}: its config.json is damaged ({error})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

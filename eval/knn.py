@@ -1,29 +1,36 @@
-"""Weighted k-nearest neighbours on frozen features (Wu et al., 2018, section 3.4)."""
+"""Weighted k-nearest neighbours on frozen features (Wu et al., 2018, section 3.4).
+
+python -m eval.knn --run runs/byol-digits-001
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import batches
-from bsim import ViewRecipe, make_view
+from eval.common import features, labelled_features, launch, protocol, topk_accuracy
+from flags import UserError
 
 
 @torch.no_grad()
-def knn_predict(queries, bank, labels, *, k=200, temperature=0.1, tile=1 << 24):
-    """Classes by votes: each of a query's k nearest bank rows votes e^(cosine / temperature) for its label.
+def knn_votes(queries, bank, labels, *, k=200, temperature=0.1, tile=1 << 24):
+    """Votes [M, classes] float: each of a query's k nearest bank rows votes e^(cosine / temperature) for its label.
 
-    queries: [M, D] float, bank: [N, D], labels: [N] int64 >= 0. Returns [M] int64. At most `tile` similarities are
-    held at once. k is lowered to N where it is above.
+    queries: [M, D] float, bank: [N, D], labels: [N] int64 >= 0. A query's votes are scaled by
+    e^(-1 / temperature). At most `tile` similarities are held at once. k is lowered to N where it is above.
     """
     queries, bank = F.normalize(queries.float(), dim=1), F.normalize(bank.float(), dim=1)
     k, classes = min(k, len(bank)), int(labels.max()) + 1
-    predicted = []
-    for part in queries.split(max(1, tile // len(bank))):
+    votes = torch.zeros(len(queries), classes, device=queries.device)
+    step = max(1, tile // len(bank))
+    for part, of_part in zip(queries.split(step), votes.split(step)):
         similarity, nearest = (part @ bank.T).topk(k, dim=1)
-        votes = torch.zeros(len(part), classes, device=part.device)
-        votes.scatter_add_(1, labels[nearest], ((similarity - 1) / temperature).exp())
-        predicted.append(votes.argmax(1))
-    return torch.cat(predicted)
+        of_part.scatter_add_(1, labels[nearest], ((similarity - 1) / temperature).exp())
+    return votes
+
+
+def knn_predict(queries, bank, labels, **options):
+    """Classes [M] int64 with the most of `knn_votes`."""
+    return knn_votes(queries, bank, labels, **options).argmax(1)
 
 
 def neighbours(labels) -> int:
@@ -34,27 +41,6 @@ def neighbours(labels) -> int:
 def pixels(images):
     """At most 32 x 32 pixels, as one row an image."""
     return F.adaptive_avg_pool2d(images, 32).flatten(1) if images.shape[-1] > 32 else images.flatten(1)
-
-
-@torch.no_grad()
-def features(accelerator, network, part, *, image_size, workers=0):
-    """Features and labels (-1: none, or a bad image) of (images, rows) on every process; each computes its share."""
-    images, rows = part
-    rank, world = accelerator.process_index, accelerator.num_processes
-    padded = rows[torch.arange(-(-len(rows) // world) * world) % len(rows)]
-    clean = ViewRecipe(image_size, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
-    found, readable = [], []
-    for batch, good in batches.whole_images(images, padded[rank::world], image_size, workers=workers):
-        view = make_view(batch.to(accelerator.device), clean, generator=torch.Generator())
-        with accelerator.autocast():
-            found.append(network(view).float())
-        readable.append(good.to(accelerator.device))
-
-    def everyones(parts):
-        return accelerator.gather(torch.cat(parts)).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[: len(rows)]
-
-    labels = images.labels(rows).to(accelerator.device)
-    return everyones(found), labels.masked_fill(~everyones(readable), -1)
 
 
 def knn_accuracy(accelerator, source, network, **options):
@@ -72,3 +58,29 @@ def knn_accuracy(accelerator, source, network, **options):
     names, classes = labels[known].unique(return_inverse=True)
     predicted = knn_predict(queries[asked], bank[known], classes, k=neighbours(classes))
     return float((names[predicted] == truth[asked]).float().mean() * 100)
+
+
+@protocol
+def knn(task, *, k: int | None = None, temperature: float = 0.1) -> dict:
+    """Weighted k-NN on frozen features (Wu et al., 2018): top-1, top-5, and top-1 of raw pixels beside them.
+
+    The protocol
+      k: neighbours; by itself 200, but at most a tenth of a class
+      temperature: of the votes
+    """
+    if k is not None and k < 1 or not 0 < temperature < float("inf"):
+        raise UserError("--k: want 1 or more; --temperature: want a number above 0")
+    train, test = task.train, task.test
+    task.settings["k"] = k = k or neighbours(train.labels)
+    bank, classes = labelled_features(task, train)
+    queries, truth = labelled_features(task, test)
+    metrics = topk_accuracy(knn_votes(queries, bank, classes, k=k, temperature=temperature), truth)
+    bank, classes = labelled_features(task, train, pixels)
+    queries, truth = labelled_features(task, test, pixels)
+    centre = bank.mean(0)
+    votes = knn_votes(queries - centre, bank - centre, classes, k=k, temperature=temperature)
+    return metrics | {"pixels_top1": topk_accuracy(votes, truth)["top1"]}
+
+
+if __name__ == "__main__":
+    launch(knn)
