@@ -58,6 +58,14 @@ def one_of(flag: str, value, names) -> None:
         raise UserError(f"--{flag} {value}: want {listed}{nearest(str(value), names)}")
 
 
+def in_range(s: dict, ranges: dict) -> None:
+    """Raise UserError for the first setting in `s` out of its range; `ranges` is {what is wanted: (test, names)}."""
+    for wanted, (holds, names) in ranges.items():
+        for name in names.split():
+            if s.get(name) is not None and not holds(s[name]):
+                raise UserError(f"--{name} {s[name]}: want {wanted}")
+
+
 def _kinds(function):
     """The types that each parameter takes: (int, NoneType) for `int | None`."""
     return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(function).items() if name != "return"}

@@ -57,7 +57,7 @@ def _open(record):
     if path.startswith("hf://") or "::hf://" in path or Path(path.split("::")[-1]).is_file():
         with fsspec.open(path) if "://" in path else open(path, "rb") as file:
             return io.BytesIO(file.read())
-    raise ValueError(f"no file {path}")
+    raise ValueError(f"No such file: {path}")
 
 
 def mark(record: dict) -> int:

@@ -91,10 +91,7 @@ def check(s: dict) -> None:
         "from 0 to 4294967295": (lambda v: 0 <= v < 2**32, "seed"),
         "8 or more": (lambda v: v >= 8, "image_size"),
     }
-    for wanted, (holds, names) in ranges.items():
-        for name in names.split():
-            if s[name] is not None and not holds(s[name]):
-                raise UserError(f"--{name} {s[name]}: want {wanted}")
+    flags.in_range(s, ranges)
     if s["streaming"] and s["steps"] is None:
         raise UserError("--streaming: the length of a stream is not known; say how long to train, as in --steps 10000")
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -200,20 +201,30 @@ def opened(
     """
 
 
+POSITIVE = {
+    "a number above 0": (lambda v: 0 < v < math.inf, "temperature lr"),
+    "0 or more": (lambda v: v >= 0, "weight_decay"),
+}
 DATA = "subset split eval_split image_column label_column skip_bad_images".split()
 
 
-def protocol(function):
-    """`function(task, *, its own flags) -> metrics` as a command: `opened`'s flags and its own, a table, a line.
+def protocol(check):
+    """Make `function(task, *, its own flags) -> metrics` a command: `opened`'s flags and its own, a table, a line.
 
-    Its docstring lists its own flags as `pretrain`'s does.
+    check(settings) raises UserError for its own flags, before anything is loaded. The function's docstring lists them
+    as `pretrain`'s does.
     """
+    return lambda function: _command(function, check)
+
+
+def _command(function, check):
     own = {k: p for k, p in inspect.signature(function).parameters.items() if k != "task"}
     common = inspect.signature(opened).parameters
     name = function.__name__
 
     def command(**given):
         s = {k: p.default for k, p in {**common, **own}.items()} | given
+        check(s)
         accelerator = start(s)
         loaded = _backbone_of(s)
         parts = data.open_labelled(s["dataset"], **{k: s[k] for k in DATA}, seed=loaded.config.get("seed", s["seed"]))
@@ -245,10 +256,8 @@ def start(s: dict) -> Accelerator:
         one_of("mixed_precision", s["mixed_precision"], ("no", "fp16", "bf16"))
     if s["workers"] is None:
         s["workers"] = min(8, os.cpu_count() or 1)
-    if s["workers"] < 0 or not 0 <= s["seed"] < 2**32:
-        raise UserError("--workers: want 0 or more; --seed: want from 0 to 4294967295")
-    if s["image_size"] is not None and s["image_size"] < 8:
-        raise UserError(f"--image_size {s['image_size']}: want 8 or more")
+    flags.in_range(s, {"from 0 to 4294967295": (lambda v: 0 <= v < 2**32, "seed workers")})
+    flags.in_range(s, {"8 or more": (lambda v: v >= 8, "image_size")})
     try:
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=s["mixed_precision"])
     except ValueError as error:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eval.common import features, labelled_features, launch, protocol, topk_accuracy
-from flags import UserError
+from eval.common import POSITIVE, features, labelled_features, launch, protocol, topk_accuracy
+from flags import in_range
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def knn_accuracy(accelerator, source, network, **options):
     return float((names[predicted] == truth[asked]).float().mean() * 100)
 
 
-@protocol
+@protocol(lambda s: in_range(s, {"1 or more": (lambda v: v >= 1, "k"), **POSITIVE}))
 def knn(task, *, k: int | None = None, temperature: float = 0.1) -> dict:
     """Weighted k-NN on frozen features (Wu et al., 2018): top-1, top-5, and top-1 of raw pixels beside them.
 
@@ -68,8 +68,6 @@ def knn(task, *, k: int | None = None, temperature: float = 0.1) -> dict:
       k: neighbours; by itself 200, but at most a tenth of a class
       temperature: of the votes
     """
-    if k is not None and k < 1 or not 0 < temperature < float("inf"):
-        raise UserError("--k: want 1 or more; --temperature: want a number above 0")
     train, test = task.train, task.test
     task.settings["k"] = k = k or neighbours(train.labels)
     bank, classes = labelled_features(task, train)

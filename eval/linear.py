@@ -1,0 +1,144 @@
+"""A linear classifier on frozen features: the published protocol, or minutes instead of a day.
+
+python -m eval.linear --run runs/byol-digits-001
+accelerate launch -m eval.linear --run runs/moco --protocol sgd --preset moco
+"""
+
+import hashlib
+import math
+import warnings
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from timm.optim import Lars
+from torch import nn
+
+from batches import SPLIT, generator
+from eval.common import POSITIVE, labelled_features, launch, protocol, topk_accuracy
+from eval.supervised import check_batch, fit
+from flags import UserError, in_range, one_of
+
+# What was published for ImageNet and ResNet-50: rate for each 256 images, images a step, weight decay.
+PRESETS = {
+    "moco": dict(optimizer="sgd", lr=30.0, batch_size=256, weight_decay=0.0),  # He et al., section 4.1
+    "simsiam": dict(optimizer="lars", lr=0.1, batch_size=4096, weight_decay=0.0),  # appendix A: 1.6 at 4,096 images
+}
+STRENGTHS = 10.0 ** np.arange(-4, 4)  # C of scikit-learn's logistic regression, on features of unit variance
+
+
+def fit_logistic(features, labels, strength: float):
+    """scikit-learn's multinomial LogisticRegression with C = `strength`, of features [N, D] and labels [N]."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a class or two of a small run may stay separable
+        return LogisticRegression(C=strength, max_iter=1000).fit(features, labels)
+
+
+def choose_strength(features, labels, seed: int):
+    """(C, accuracy in per cent by C): chosen on a fifth of the rows, a fifth of each class, that is held out for it."""
+    order = torch.randperm(len(labels), generator=generator(seed, SPLIT)).numpy()
+    held = np.zeros(len(labels), bool)
+    for number in np.unique(labels):
+        rows = order[labels[order] == number]
+        held[rows[: max(1, len(rows) // 5)]] = len(rows) > 1
+    accuracy = {}
+    for strength in STRENGTHS:
+        model = fit_logistic(features[~held], labels[~held], strength)
+        accuracy[float(strength)] = 100 * float((model.predict(features[held]) == labels[held]).mean())
+    return max(accuracy, key=accuracy.get), accuracy
+
+
+def from_features(task) -> dict:
+    train, labels = (x.cpu().numpy() for x in labelled_features(task, task.train))
+    test, truth = labelled_features(task, task.test)
+    if not task.accelerator.is_main_process:
+        return {}
+    centre, scale = train.mean(0), train.std(0) + 1e-6
+    train = (train - centre) / scale
+    strength, accuracy = choose_strength(train, labels, task.settings["seed"])
+    task.settings.update(C=strength, accuracy_by_C=accuracy)
+    model = fit_logistic(train, labels, strength)
+    scores = torch.full((len(truth), len(task.train.names)), -math.inf)
+    scores[:, model.classes_] = torch.from_numpy(_decision(model, (test.cpu().numpy() - centre) / scale)).float()
+    return topk_accuracy(scores, truth.cpu())
+
+
+def _decision(model, features):
+    """[N, classes], for two classes too, where scikit-learn gives one column."""
+    found = model.decision_function(features)
+    return np.stack([-found, found], 1) if found.ndim == 1 else found
+
+
+def by_sgd(task, epochs, batch_size, lr, weight_decay, optimizer) -> dict:
+    """Crop and flip, a cosine to zero, batch statistics frozen (He et al., 2020, section 4.1; SimSiam, appendix A)."""
+    check_batch(batch_size, len(task.train.rows), task.accelerator.num_processes)
+    network = task.backbone.network.requires_grad_(False)
+    classifier = nn.Linear(network.num_features, len(task.train.names))
+    nn.init.normal_(classifier.weight, std=0.01)
+    nn.init.zeros_(classifier.bias)
+    kind = Lars if optimizer == "lars" else torch.optim.SGD
+    descent = kind(classifier.parameters(), lr=lr * batch_size / 256, momentum=0.9, weight_decay=weight_decay)
+    model = nn.Sequential(network, classifier)
+    fit(task, model, task.train.rows, descent, epochs=epochs, batch_size=batch_size)
+    return topk_accuracy(*labelled_features(task, task.test, model))
+
+
+def fingerprint(network) -> str:
+    """Of every weight and buffer: two networks with the same one are the same."""
+    found = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def check(s: dict) -> None:
+    one_of("protocol", s["protocol"], ("features", "sgd"))
+    one_of("preset", s["preset"], PRESETS)
+    chosen = [k for k in ("batch_size", "lr", "weight_decay") if s[k] is not None] + ["epochs"] * (s["epochs"] != 100)
+    if s["protocol"] == "features" and chosen:
+        raise UserError(f"--{chosen[0]} {s[chosen[0]]}: is of --protocol sgd")
+    in_range(s, {"1 or more": (lambda v: v >= 1, "epochs batch_size"), **POSITIVE})
+
+
+@protocol(check)
+def linear(
+    task,
+    *,
+    protocol: str = "features",
+    preset: str = "moco",
+    epochs: int = 100,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+) -> dict:
+    """A linear classifier on frozen features: top-1 and top-5.
+
+    features: each image once, uncropped; then logistic regression with the strength of its regularisation chosen on a
+    fifth of train. Minutes, no learning rate to tune, and usually a little below sgd on large data, which sees many
+    crops of each image. sgd: what the papers report. Say which one a figure is from.
+
+    The protocol
+      protocol: features, or sgd: crop and flip, 100 epochs, cosine, batch statistics frozen
+      preset: of sgd: moco (SGD, 30 for 256 images) or simsiam (LARS, 1.6 for 4,096)
+      epochs: of sgd
+      batch_size: of sgd; by itself the preset's, but at most an eighth of the images
+      lr: of sgd, for each 256 images; by itself the preset's
+      weight_decay: of sgd; by itself the preset's
+    """
+    chosen = {k: v for k, v in dict(batch_size=batch_size, lr=lr, weight_decay=weight_decay).items() if v is not None}
+    before = fingerprint(task.backbone.network)
+    if protocol == "features":
+        metrics = from_features(task)
+    else:
+        few = max(1, len(task.train.rows) // 8) // task.accelerator.num_processes * task.accelerator.num_processes
+        rule = PRESETS[preset] | {"batch_size": min(few, PRESETS[preset]["batch_size"])} | chosen
+        task.settings.update(rule)
+        metrics = by_sgd(task, epochs, **rule)
+    if fingerprint(task.backbone.network) != before:
+        raise RuntimeError("the backbone's weights changed: this is no linear evaluation")
+    return metrics
+
+
+if __name__ == "__main__":
+    launch(linear)

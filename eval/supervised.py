@@ -1,0 +1,52 @@
+"""Training a classifier on crops and flips of labelled images: the part that `linear` and `semi` share."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from batches import VIEW, Batches, Feed, generator
+from bsim import ViewRecipe, make_view
+from data import Source
+from flags import UserError
+from images import after_crop
+
+
+def check_batch(batch_size: int, images: int, world: int) -> None:
+    if batch_size % world or not world <= batch_size <= images:
+        raise UserError(f"--batch_size {batch_size}: want a multiple of {world} processes, up to the {images} images")
+
+
+def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
+    """Train `model`, images [N, 3, H, W] to scores [N, classes], on `rows` of task.train; the rate falls as a cosine.
+
+    What of the model takes no gradient stays as it is; whether batch statistics are updated is the caller's to say, by
+    `train` and `eval`.
+    """
+    accelerator, train, seed, size = task.accelerator, task.train, task.settings["seed"], task.backbone.image_size
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    labels = torch.zeros(int(train.rows.max()) + 1, dtype=torch.int64)
+    labels[train.rows] = train.labels
+    recipe = ViewRecipe(size, scale=(0.08, 1) if size > 64 else (0.2, 1), jitter=0, grayscale=0, blur=0)
+    share = dict(part_size=batch_size // world, rank=rank, world=world, seed=seed)
+    source = Source(train.images, rows, None, None, size, None)
+    batches = Batches(source, (recipe, recipe), batch_size=batch_size, **share)
+    steps = epochs * batches.steps_per_epoch
+    workers = task.settings["workers"] if train.images.in_workers else 0
+    feed = Feed(batches, 0, steps, workers, pin=device.type == "cuda")
+    recipe = after_crop(recipe) if train.images.in_workers else recipe
+    peaks = [group["lr"] for group in descent.param_groups]
+    model, descent = accelerator.prepare(model, descent)
+    bar = tqdm(range(steps), disable=not accelerator.is_main_process, unit="step")
+    for step in bar:
+        for group, peak in zip(descent.param_groups, peaks):
+            group["lr"] = peak * (1 + math.cos(math.pi * step / steps)) / 2
+        images, _ = next(feed)
+        view = make_view(images.to(device), recipe, generator=generator(seed, VIEW, step, rank))
+        loss = F.cross_entropy(model(view).float(), labels[batches.rows(step)].to(device))
+        accelerator.backward(loss)
+        descent.step()
+        descent.zero_grad()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
