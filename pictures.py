@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from runs import read_metrics, write
 
 matplotlib.use("Agg")
-SIM, BSIM, OTHER = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito's blue and vermilion: told apart by everyone
+# Okabe and Ito's blue, vermilion and purple: told apart by everyone.
+SIM, BSIM, BOTH, OTHER = "#0072B2", "#D55E00", "#CC79A7", "#666666"
 
 
 def _shown(view, recipe):

@@ -20,7 +20,9 @@ import flags
 import runs
 from bsim import ViewRecipe, make_view
 from flags import UserError, first_line, nearest, one_of
+from methods import METHODS
 from methods.networks import backbone, backbone_names
+from settings import LOOP
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A backbone.
@@ -78,6 +80,15 @@ def load_backbone(run: str, *, architecture: str | None = None, image_size: int 
         )
     network.load_state_dict(weights)
     return Backbone(network, name, size, folder, config)
+
+
+def load_method(loaded: Backbone) -> nn.Module:
+    """The whole method of the run's last checkpoint, projector included, around the backbone."""
+    config = loaded.config
+    heads = {k: config[k] for k in config["of_method"] if k not in LOOP}
+    method = METHODS[config["method"]].Method(loaded.network, **heads)
+    method.load_state_dict(load_file(runs.last_checkpoint(loaded.folder) / "method.safetensors"))
+    return method
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +293,8 @@ def finish(accelerator, folder: Path, name: str, settings: dict, metrics: dict) 
     """Print the one table, and append the line of results."""
     if accelerator.is_main_process:
         shown = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
-        print(table([[name, *shown.values()]], ["", *shown]))
+        wide = len(shown) > 5
+        print(table(list(shown.items()), [name, ""]) if wide else table([[name, *shown.values()]], ["", *shown]))
         write_result(folder, name, settings["dataset"], settings, metrics)
         print(f"added to {folder / 'results.jsonl'}")
 

@@ -1,0 +1,208 @@
+"""How features lie on the sphere: what the paper claims of BSIM, in numbers and in one picture.
+
+python -m eval.geometry --run runs/sim --beside runs/bsim
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from matplotlib.figure import Figure
+from scipy.stats import gaussian_kde
+
+from batches import SPLIT, VIEW, Batches, Feed, generator, whole_images
+from bsim import alignment, make_view, uniformity
+from data import Source
+from eval.common import Backbone, features, launch, load_backbone, load_method, protocol
+from flags import UserError, in_range
+from images import after_crop
+from methods import METHODS
+from pictures import BOTH, BSIM, OTHER, SIM
+from runs import last_checkpoint, write
+
+QUERIES, NEAREST = 10, 5  # rows and columns of the neighbours in the picture
+
+
+class Cloud(NamedTuple):
+    """What the picture shows of a run."""
+
+    name: str
+    features: torch.Tensor  # [N, D] of unit length
+    shares: torch.Tensor  # [D], the share of variance in each direction, falling
+    colour: str
+
+
+def variance_shares(x) -> torch.Tensor:
+    """The share of the variance of x [N, D] in each principal direction: [min(N, D)], falling, of sum 1."""
+    values = torch.linalg.svdvals(x.double() - x.double().mean(0)) ** 2
+    return values / values.sum()
+
+
+def effective_rank(x) -> float:
+    """e to the entropy of the normalised singular values of centred x [N, D] (Roy and Vetterli, 2007): 1 to D."""
+    values = torch.linalg.svdvals(x.double() - x.double().mean(0))
+    values = values / values.sum()
+    return float(torch.special.entr(values).sum().exp())
+
+
+def measures(x, a, b) -> dict:
+    """Numbers of unit features x [N, D] of images, and a, b [M, D] of two views of each (Wang and Isola, 2020)."""
+    shares = variance_shares(x)
+    return {
+        "alignment": float(alignment(a, b)),
+        "uniformity": float(uniformity(x)),
+        "effective_rank": effective_rank(x),
+        "variance_1": 100 * float(shares[0]),
+        "variance_10": 100 * float(shares[:10].sum()),
+        "variance_shares": [round(100 * share, 4) for share in shares.tolist()],
+    }
+
+
+def recipes_of(loaded: Backbone):
+    """The two recipes of the run's method; of a network that nobody pretrained, SimCLR's."""
+    config = loaded.config
+    recipes = METHODS[config.get("method", "simclr")].views(loaded.image_size)
+    if not config:
+        return recipes
+    return tuple(recipe._replace(scale=(config["min_crop"], 1.0), flip=config["flip"]) for recipe in recipes)
+
+
+@torch.no_grad()
+def of_views(task, loaded, part, rows, network):
+    """Unit features of two views of the images at `rows`, on every process."""
+    size, rank, world = min(256, len(rows)), task.accelerator.process_index, task.accelerator.num_processes
+    recipes, images = recipes_of(loaded), part.images
+    size -= size % world
+    share = dict(batch_size=size, part_size=size // world, rank=rank, world=world, seed=task.settings["seed"])
+    batches = Batches(Source(images, rows, None, None, 0, None), recipes, **share)
+    workers = task.settings["workers"] if images.in_workers else 0
+    feed = Feed(batches, 0, batches.steps_per_epoch, workers, pin=False)
+    recipes = tuple(after_crop(recipe) for recipe in recipes) if images.in_workers else recipes
+    found = ([], [])
+    for step, pair in enumerate(feed):
+        draws = generator(task.settings["seed"], VIEW, step, rank)
+        for side, pixels, recipe in zip(found, pair, recipes):
+            side.append(network(make_view(pixels.to(task.accelerator.device), recipe, generator=draws)).float())
+    return (F.normalize(task.accelerator.gather(torch.cat(side)), dim=1) for side in found)
+
+
+def measure(task, loaded, rows):
+    """(metrics, unit features of the images): of the backbone, and of the projector where a checkpoint has it."""
+    part, device = task.test, task.accelerator.device
+    networks = {"": loaded.network.to(device).eval()}
+    if loaded.config and last_checkpoint(loaded.folder):
+        method = load_method(loaded).to(device).eval()
+        networks["embedding_"] = torch.nn.Sequential(method.backbone, method.projector)
+    metrics, first = {}, None
+    for name, network in networks.items():
+        options = dict(image_size=loaded.image_size, workers=task.settings["workers"])
+        x, known = features(task.accelerator, network, (part.images, rows), **options)
+        x = F.normalize(x[known >= 0], dim=1)
+        first = x if first is None else first
+        metrics |= {name + k: v for k, v in measures(x, *of_views(task, loaded, part, rows, network)).items()}
+    return metrics, first
+
+
+def check(s: dict) -> None:
+    in_range(s, {"100 or more": (lambda v: v >= 100, "images")})
+    for run in (s["beside"] or "").split(","):
+        if run.strip():
+            load_backbone(run.strip())
+    if s["out"] and Path(s["out"]).exists():
+        raise UserError(f"--out {s['out']}: exists; name another picture")
+
+
+@protocol(check)
+def geometry(task, *, beside: str | None = None, images: int = 2000, out: str | None = None) -> dict:
+    """Alignment, uniformity, effective rank and spectrum of the features of held-out images, and a picture.
+
+    Alignment is the mean squared distance of two views' features (lower: closer), uniformity the log of the mean
+    Gaussian potential (lower: more even; Wang and Isola, 2020), on the unit sphere. Those of the projector, where the
+    run has a checkpoint, are called embedding_...
+
+    The protocol
+      beside: runs to lay beside it in the picture, with commas between them
+      images: how many held-out images
+      out: the picture; by itself the next free geometry.png in the run's folder
+    """
+    part = task.test
+    order = torch.randperm(len(part.rows), generator=generator(task.settings["seed"], SPLIT))[:images]
+    rows = part.rows[order.sort().values]
+    metrics, clouds = None, []
+    for run in [None, *(name.strip() for name in (beside or "").split(",") if name.strip())]:
+        loaded = task.backbone if run is None else load_backbone(run)
+        found, x = measure(task, loaded, rows)
+        metrics = metrics or found
+        weight = loaded.config.get("sim_weight")
+        colour = OTHER if weight is None else SIM if weight == 1 else BSIM if weight == 0 else BOTH
+        clouds.append(Cloud(name_of(loaded, run or task.settings["run"]), x.cpu(), variance_shares(x).cpu(), colour))
+    if task.accelerator.is_main_process:
+        path = Path(out) if out else free_name(task.backbone.folder)
+        shown = torch.cat([batch for batch, _ in whole_images(part.images, rows, min(96, task.backbone.image_size))])
+        draw(path, clouds, shown)
+        task.say(f"look at {path}")
+    return metrics
+
+
+def name_of(loaded, run) -> str:
+    """What stands above a run in the picture."""
+    config = loaded.config
+    if not config:
+        return f"{run}, random weights"
+    kind = {0: "BSIM", 1: "SIM"}.get(
+        config["sim_weight"], f"{config['sim_weight']:g} SIM, {1 - config['sim_weight']:g} BSIM"
+    )
+    return f"{config['method']}, {kind}"
+
+
+def free_name(folder: Path) -> Path:
+    number = 1
+    while (path := folder / f"geometry{'' if number == 1 else f'-{number}'}.png").exists():
+        number += 1
+    return path
+
+
+def draw(path: Path, clouds, images) -> None:
+    """A column a run: density on the circle after a projection to two dimensions, neighbours; below, all spectra."""
+    figure = Figure(figsize=(3.4 * max(2, len(clouds)), 10.5), layout="constrained")
+    figure.set_facecolor("white")
+    grid = figure.add_gridspec(3, len(clouds), height_ratios=(3, 4.6, 2.6))
+    for i, cloud in enumerate(clouds):
+        axis = figure.add_subplot(grid[0, i], projection="polar")
+        directions = cloud.features - cloud.features.mean(0)
+        plane = directions @ torch.linalg.svd(directions, full_matrices=False).Vh[:2].T
+        angles = torch.atan2(plane[:, 1], plane[:, 0]).numpy()
+        around = np.linspace(-np.pi, np.pi, 361)
+        density = gaussian_kde(np.concatenate([angles + turn for turn in (-2 * np.pi, 0, 2 * np.pi)]), 0.05)(around) * 3
+        axis.fill_between(around, 1, 1 + density * 2 * np.pi, color=cloud.colour, alpha=0.5, linewidth=0)
+        axis.plot(around, np.ones_like(around), color="black", linewidth=0.8)
+        axis.plot(around, 1 + np.ones_like(around), color="black", linewidth=0.5, linestyle=":")
+        axis.set(xticks=[], yticks=[], ylim=(0, max(2.7, 1.1 + density.max() * 2 * np.pi)))
+        axis.set_title(f"{cloud.name}\ndensity by angle (dotted: even)", fontsize=9)
+        axis.spines["polar"].set_visible(False)
+
+        axis = figure.add_subplot(grid[1, i])
+        queries = torch.linspace(0, len(images) - 1, QUERIES).long()
+        near = (cloud.features[queries] @ cloud.features.T).topk(NEAREST + 1).indices
+        tiles = rearrange(images[near].numpy(), "r c d h w -> (r h) (c w) d")
+        axis.imshow(tiles, interpolation="nearest")
+        side = tiles.shape[1] / (NEAREST + 1)
+        axis.axvline(side - 0.5, color="white", linewidth=3)
+        axis.set(xticks=[side / 2, side * (1 + NEAREST / 2)], xticklabels=["query", "its nearest images"], yticks=[])
+        axis.tick_params(length=0)
+    axis = figure.add_subplot(grid[2, :])
+    for cloud, style in zip(clouds, ("-", "--", ":", "-.") * len(clouds)):
+        axis.plot(np.arange(1, len(cloud.shares) + 1), 100 * cloud.shares, style, color=cloud.colour, label=cloud.name)
+    low = 100 * min(float(cloud.shares[: cloud.features.shape[1] * 9 // 10].min()) for cloud in clouds)
+    axis.set(xscale="log", yscale="log", xlabel="direction, by its share", ylabel="share of the variance (%)")
+    axis.set_ylim(bottom=max(1e-4, low / 2))
+    axis.legend(frameon=False, fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+if __name__ == "__main__":
+    launch(geometry)
