@@ -1,0 +1,292 @@
+"""Evaluation on finished runs: k-NN, linear, few labels; what is refused; what is written down."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import Image as ImageFeature
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+
+import runs
+from eval import common
+from eval.knn import knn, knn_predict, knn_votes
+from eval.linear import choose_strength, fingerprint, fit_logistic, linear
+from eval.semi import balanced_part, semi
+from flags import UserError
+from tests.test_data import folder, picture, table
+from train import pretrain
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run on the digits; tests write only to its results."""
+    place = tmp_path_factory.mktemp("eval")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        options = dict(method="simclr", batch_size=64, steps=30, checkpoint_every=15, eval_every=15)
+        return place / pretrain(**options, out=str(place / "run"))
+
+
+def before_training(run):
+    return next(line for line in runs.read_metrics(run) if "knn_pixels" in line)
+
+
+def last_line(run):
+    return common.read_results(run)[-1]
+
+
+# k-NN.
+
+
+def brute_force(queries, bank, labels, k, temperature):
+    """Wu et al., section 3.4, one query after another, in float64."""
+    found = []
+    bank = bank / np.linalg.norm(bank, axis=1, keepdims=True)
+    for query in queries:
+        cosine = bank @ (query / np.linalg.norm(query))
+        nearest = np.argsort(-cosine)[:k]
+        votes = np.zeros(labels.max() + 1)
+        for i in nearest:
+            votes[labels[i]] += np.exp(cosine[i] / temperature)
+        found.append(votes / np.exp(1 / temperature))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("tile", [1, 1000, 1 << 24])
+@pytest.mark.parametrize("k", [1, 7, 500])
+def test_knn_is_the_brute_force_one_on_every_query(k, tile):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, 300)
+    centres = rng.normal(size=(6, 12))
+    bank, queries = centres[labels] + rng.normal(size=(300, 12)), rng.normal(size=(90, 12)) + centres[[0] * 90]
+    wanted = brute_force(queries, bank, labels, k, 0.1)
+    tensors = [torch.tensor(x, dtype=torch.float32) for x in (queries, bank)]
+    votes = knn_votes(*tensors, torch.tensor(labels), k=k, temperature=0.1, tile=tile)
+    np.testing.assert_allclose(votes.numpy(), wanted, rtol=1e-3, atol=1e-6)
+    predicted = knn_predict(*tensors, torch.tensor(labels), k=k, temperature=0.1, tile=tile)
+    assert predicted.tolist() == wanted.argmax(1).tolist()
+
+
+def test_knn_of_a_run_is_the_one_it_ended_with(run, capsys):
+    metrics = knn(run=str(run))
+    assert metrics["top1"] == pytest.approx(runs.read_metrics(run)[-1]["knn"], abs=1e-3)
+    assert metrics["pixels_top1"] == pytest.approx(before_training(run)["knn_pixels"], abs=1e-3)
+    assert metrics["top5"] > metrics["top1"]
+    line = last_line(run)
+    assert line["protocol"] == "knn" and line["dataset"] == "digits" and line["metrics"] == metrics
+    assert line["settings"]["k"] == 16 and line["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert f"| knn | {metrics['top1']:.2f}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_a_file_and_a_name_are_backbones_too(run, place):
+    half = knn(run=str(run / "checkpoints" / "step_000015"))
+    ends = {line["step"]: line["knn"] for line in runs.read_metrics(run) if "knn" in line}
+    assert half["top1"] == pytest.approx(ends[15], abs=1e-3) and last_line(run)["metrics"] == half
+    (place / "weights").mkdir()
+    weights = place / "weights" / "backbone.safetensors"
+    weights.write_bytes((run / "backbone.safetensors").read_bytes())
+    found = knn(run=str(weights), backbone="resnet_tiny", image_size=16, dataset="digits")
+    assert found["top1"] == pytest.approx(ends[30], abs=1e-3) and last_line(place / "weights")["metrics"] == found
+    found = knn(run="resnet_tiny", image_size=16, dataset="digits")
+    assert found["top1"] == pytest.approx(before_training(run)["knn_random"], abs=1e-3)  # the seed's random weights
+    assert last_line(place)["settings"]["run"] == "resnet_tiny"
+
+
+def test_results_are_only_ever_added_to(place):
+    (place / "results.jsonl").write_text('{"protocol": "old"}\n{"half": ')
+    common.write_result(place, "knn", "digits", {"seed": 3}, {"top1": 1.0})
+    lines = (place / "results.jsonl").read_text().splitlines()
+    assert lines[:2] == ['{"protocol": "old"}', '{"half": '] and json.loads(lines[2])["seed"] == 3
+
+
+# Linear.
+
+
+def test_features_agree_with_scikit_learn(run):
+    metrics = linear(run=str(run))
+    settings = last_line(run)["settings"]
+    loaded = common.load_backbone(str(run))
+    train, test = common.data.open_labelled("digits", seed=0)
+    found = []
+    for part in (train, test):
+        pixels = part.images.whole(part.rows, None)[0]
+        clean = common.ViewRecipe(16, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
+        with torch.no_grad():
+            found.append(loaded.network.eval()(common.make_view(pixels, clean, generator=torch.Generator())).numpy())
+    assert set(settings["accuracy_by_C"]) >= {"1.0", "0.1"}
+    centre, scale = found[0].mean(0), found[0].std(0) + 1e-6
+    model = LogisticRegression(C=settings["C"], max_iter=3000).fit((found[0] - centre) / scale, train.labels.numpy())
+    wanted = 100 * (model.predict((found[1] - centre) / scale) == test.labels.numpy()).mean()
+    assert metrics["top1"] == pytest.approx(wanted, abs=0.2) and metrics["top1"] > 90
+
+
+def test_the_strength_is_chosen_on_held_out_rows():
+    """Noise in many directions wants a strong one, clean classes do not: the choice follows, and repeats."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    noisy = rng.normal(size=(200, 150)).astype(np.float32)
+    noisy[:, 0] += labels
+    clean = (rng.normal(size=(200, 2)) * 0.1 + labels[:, None] * 0.05).astype(np.float32)
+    strong, accuracy = choose_strength(noisy, labels, 0)
+    weak, _ = choose_strength(clean, labels, 0)
+    assert strong < weak and choose_strength(noisy, labels, 0) == (strong, accuracy)
+    assert accuracy[strong] == max(accuracy.values())
+
+
+def test_classes_without_a_training_image_and_two_classes(place):
+    features = np.array([[0.0], [1.0], [0.1], [0.9]], dtype=np.float32)
+    model = fit_logistic(features, np.array([0, 1, 0, 1]), 1.0)
+    from eval.linear import _decision
+
+    assert _decision(model, features).argmax(1).tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("preset", ["moco", "simsiam"])
+def test_sgd_learns_and_leaves_the_backbone_alone(run, monkeypatch, preset):
+    kept = []
+    whole = fingerprint
+    monkeypatch.setattr("eval.linear.fingerprint", lambda network: kept.append(whole(network)) or kept[-1])
+    rate = {"moco": 3.0, "simsiam": 2.0}[preset]
+    metrics = linear(run=str(run), protocol="sgd", preset=preset, epochs=8, batch_size=64, lr=rate)
+    assert metrics["top1"] > 70
+    assert kept[0] == kept[1] == whole(common.load_backbone(str(run)).network)
+    assert last_line(run)["settings"]["optimizer"] == {"moco": "sgd", "simsiam": "lars"}[preset]
+
+
+def test_a_backbone_that_changed_is_no_linear_evaluation(run, monkeypatch):
+    def tampers(task, *rest, **options):
+        next(task.backbone.network.parameters()).data.add_(1e-3)
+        return {}
+
+    monkeypatch.setattr("eval.linear.by_sgd", tampers)
+    with pytest.raises(RuntimeError, match="weights changed"):
+        linear(run=str(run), protocol="sgd", batch_size=64)
+
+
+# Few labels.
+
+
+def test_parts_are_balanced_seeded_and_of_the_size_asked_for():
+    labels = torch.arange(1000) % 10
+    for percent, each in ((1, 1), (10, 10), (100, 100)):
+        kept = balanced_part(labels, percent, 0)
+        assert torch.bincount(labels[kept]).tolist() == [each] * 10
+    assert torch.equal(balanced_part(labels, 10, 0), balanced_part(labels, 10, 0))
+    assert not torch.equal(balanced_part(labels, 10, 0), balanced_part(labels, 10, 1))
+
+
+def test_more_labels_help_and_the_file_stays(run):
+    before = load_file(run / "backbone.safetensors")
+    few, many = (semi(run=str(run), percent=p, epochs=8, lr=0.2)["top1"] for p in (1.0, 20.0))
+    assert many > few + 10
+    assert last_line(run)["settings"]["images"] == 320
+    after = load_file(run / "backbone.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_list_of_names_is_the_part(place, monkeypatch, capsys):
+    path = folder(place, 40, (70, 80))
+    train, _ = common.data.open_labelled(str(path), seed=0)
+    picked = [train.rows[train.labels == number][:3] for number in (0, 1)]
+    names = [Path(train.images.table[row]["image"]["path"]).name for row in torch.cat(picked).tolist()]
+    (place / "list.txt").write_text("".join(f"n01/{name}\n" for name in names))
+    options = dict(run="resnet_tiny", image_size=16, dataset=str(path), epochs=1, batch_size=4, files="list.txt")
+    semi(**options)
+    assert "6 labels, 3 to 3 of each class" in capsys.readouterr().out
+    (place / "list.txt").write_text(f"{names[0]}\nnone.png\nno.png\n")
+    with pytest.raises(UserError, match="--files list.txt: the split has no image no.png, nor 1 more of its names"):
+        semi(**options)
+
+
+# Refusals.
+
+
+def labelled(place, name, train, test, train_names=("cat", "dog"), test_names=("cat", "dog")):
+    def rows(labels, names):
+        features = Features(image=ImageFeature(), label=ClassLabel(names=list(names)))
+        return Dataset.from_dict({"image": [picture(i) for i in range(len(labels))], "label": labels}, features)
+
+    DatasetDict(train=rows(train, train_names), test=rows(test, test_names)).save_to_disk(place / name)
+
+
+def test_refusals(run, place):
+    unfinished = place / "unfinished"
+    (unfinished / "checkpoints" / "step_000007").mkdir(parents=True)
+    (unfinished / "config.json").write_text((run / "config.json").read_text())
+    labelled(place, "names", [0, 1] * 10, [0, 1], test_names=("cat", "cow"))
+    labelled(place, "new", [0, 1] * 10, [0, 2], ("cat", "dog", "cow"), ("cat", "dog", "cow"))
+    table(20).remove_columns("label").to_parquet(place / "unlabelled.parquet")
+    wrong = load_file(run / "backbone.safetensors")
+    wrong["more.weight"] = wrong.pop("conv1.weight")
+    (place / "wrong").mkdir()
+    save_file(wrong, place / "wrong" / "backbone.safetensors")
+    (place / "wrong" / "config.json").write_text((run / "config.json").read_text())
+    tiny = dict(run="resnet_tiny", image_size=16)
+    for options, message in (
+        (dict(), "--run: want a run's folder, a backbone.safetensors, or a timm name"),
+        (dict(run="runs/none"), "--run runs/none: no such folder or file"),
+        (dict(run="resnet_tinny"), "and no timm model; did you mean resnet_tiny"),
+        (dict(run="resnet_tiny"), "--dataset: name the images to evaluate on"),
+        (dict(run=str(unfinished)), "is not finished; evaluate its last checkpoint: --run .*/checkpoints/step_000007"),
+        (
+            dict(run=str(place / "wrong")),
+            "2 of its weights do not fit resnet_tiny at 16 pixels, such as conv1.weight, more",
+        ),
+        (dict(**tiny, dataset="names"), "class 'dog' there is 'cow' here; want the classes of the split to train"),
+        (dict(**tiny, dataset="new"), "class cow is only in the split to evaluate, which cannot be learnt"),
+        (dict(**tiny, dataset="unlabelled.parquet"), "has no labels; name their column: --label_column NAME"),
+        (dict(**tiny, dataset="digits", k=0), "--k 0: want 1 or more"),
+        (dict(**tiny, dataset="digits", temperature=0.0), "--temperature 0.0: want a number above 0"),
+        (dict(**tiny, dataset="digits", seed=-1), "--seed -1: want from 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            knn(**options)
+    for options, message in (
+        (dict(protocol="sdg"), "--protocol sdg: want features, sgd; did you mean sgd"),
+        (dict(lr=3.0), "--lr 3.0: is of --protocol sgd"),
+        (
+            dict(protocol="sgd", batch_size=5000),
+            "--batch_size 5000: want a multiple of 1 processes, up to the 1618 images",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            linear(**tiny, dataset="digits", **options)
+    with pytest.raises(UserError, match="--percent 0.0: want above 0, up to 100"):
+        semi(**tiny, dataset="digits", percent=0.0)
+    with pytest.raises(UserError, match="small images are cached without their names"):
+        (place / "list.txt").write_text("a.png")
+        semi(**tiny, dataset="digits", files="list.txt")
+    assert not (place / "results.jsonl").exists()
+
+
+def test_it_is_a_command(run):
+    command = [sys.executable, "-m", "eval.knn", "--run", str(run)]
+    done = subprocess.run([*command, "--kk", "3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
+        "eval.knn: --kk: no such flag; did you mean"
+    )
+    done = subprocess.run([*command, "--k", "3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and last_line(run)["settings"]["k"] == 3
+    done = subprocess.run([*command[:3], "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert "--temperature       of the votes (0.1)" in done.stdout and "--run " in done.stdout
+
+
+def test_two_processes_evaluate_as_one(run):
+    alone = linear(run=str(run), protocol="sgd", epochs=2, batch_size=64, lr=3.0)
+    head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    head += ["-m", "--", "eval.linear"]  # torchrun would take --run for its own --run-path
+    words = f"--run {run} --protocol sgd --epochs 2 --batch_size 64 --lr 3".split()
+    environment = {**common.os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*head, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # Each image is drawn by another generator, so the two are alike, not equal; and one line is written, not two.
+    assert abs(last_line(run)["metrics"]["top1"] - alone["top1"]) < 6
+    assert done.stdout.count("added to") == 1
