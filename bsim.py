@@ -189,6 +189,104 @@ def _exact(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
+# log-sum-exps of similarities, without the whole matrix. A tile fits the cache of a CPU; a GPU wants larger ones.
+WHOLE, TILE, GPU_TILE = 1 << 18, 512, 8192
+
+
+def _whole(rows, columns, temperature):
+    """Whether to hold the matrix: it is small, or e^(-2 / temperature) would vanish, or the temperature is learnt."""
+    return rows * columns <= WHOLE or isinstance(temperature, Tensor) or temperature < 0.025
+
+
+def _tiles(x):
+    return range(0, len(x), TILE if x.device.type == "cpu" else GPU_TILE), TILE if x.device.type == "cpu" else GPU_TILE
+
+
+class _SelfSpread(torch.autograd.Function):
+    """log sum over j != i of e^(x_i . x_j), [N], for x [N, D] with |x_i|^2 <= bound.
+
+    A tile and its mirror image are computed once, forward and again backward; memory grows with N.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bound):
+        sums, (starts, size) = x.new_zeros(len(x)), _tiles(x)
+        for i in starts:
+            for j in starts[i // size :]:
+                e = _exponentials(x[i : i + size], x[j : j + size], bound, i == j)
+                sums[i : i + size] += e.sum(1)
+                if i != j:
+                    sums[j : j + size] += e.sum(0)
+        ctx.save_for_backward(x, sums)
+        ctx.bound = bound
+        return sums.log() + bound
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x, sums), (starts, size) = ctx.saved_tensors, _tiles(ctx.saved_tensors[0])
+        share, found = grad / sums, torch.zeros_like(x)
+        for i in starts:
+            for j in starts[i // size :]:
+                e = _exponentials(x[i : i + size], x[j : j + size], ctx.bound, i == j)
+                e *= share[i : i + size, None] + share[j : j + size]
+                found[i : i + size].addmm_(e, x[j : j + size])
+                if i != j:
+                    found[j : j + size].addmm_(e.T, x[i : i + size])
+        return found, None
+
+
+class _Spread(torch.autograd.Function):
+    """log sum over j of e^(scale x_i . y_j), [N], for x [N, D] and y [K, D] of unit rows, which y is made to have."""
+
+    @staticmethod
+    def forward(ctx, x, y, scale):
+        sums, (starts, size) = x.new_zeros(len(x)), _tiles(y)
+        for i in range(0, len(x), size):
+            for j in starts:
+                sums[i : i + size] += _exponentials(scale * x[i : i + size], _unit(y[j : j + size]), scale).sum(1)
+        ctx.save_for_backward(x, y, sums)
+        ctx.scale = scale
+        return sums.log() + scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x, y, sums), scale, (starts, size) = ctx.saved_tensors, ctx.scale, _tiles(ctx.saved_tensors[1])
+        share, of_x = scale * grad / sums, torch.zeros_like(x)
+        of_y = torch.zeros_like(y) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(x), size):
+            for j in starts:
+                unit = _unit(y[j : j + size])
+                e = _exponentials(scale * x[i : i + size], unit, scale)
+                e *= share[i : i + size, None]
+                of_x[i : i + size].addmm_(e, unit)
+                if of_y is not None:
+                    of_y[j : j + size].addmm_(e.T, x[i : i + size])
+        return of_x, of_y, None
+
+
+def _exponentials(x, y, bound, same=False):
+    """e^(x_i . y_j - bound), 0 on the diagonal where x and y are the `same`."""
+    e = torch.addmm(x.new_tensor(-bound), x, y.T).exp_()
+    return e.fill_diagonal_(0) if same else e
+
+
+def _spread_of_each(z, temperature):
+    """log sum over j != i of e^(z_i . z_j / temperature), [N], for unit rows z [N, D]."""
+    if not _whole(len(z), len(z), temperature):
+        return _SelfSpread.apply(z * temperature**-0.5, 1 / temperature)
+    scores = z @ z.T / temperature
+    return scores.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf).logsumexp(1)
+
+
+def _spread(x, y, temperature):
+    """log sum over j of e^(x_i . y_j / temperature), [N], for unit rows x [N, D], and y [K, D] as they are."""
+    if not _whole(len(x), len(y), temperature):
+        return _Spread.apply(x, _unit(y) if y.requires_grad else y, 1 / temperature)
+    return (x @ _unit(y).T / temperature).logsumexp(1)
+
+
 def nt_xent(
     a: Tensor,
     b: Tensor,
@@ -214,27 +312,24 @@ def nt_xent(
     if negatives is not None:
         _check_negatives(negatives, a)
     with _exact(a):
-        z = torch.cat([_unit(a), _unit(b)])
-        pairing = _pairing(weight, partner, z[: len(a)])
-        n = len(a)
-        scores = z @ z.T / temperature
-        own = scores[:n, n:].diagonal()
-        if pairing is not None:
-            other = scores[torch.arange(n, device=z.device), n + pairing[1]]
-        scores = scores.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -math.inf)
-        spread = scores.logsumexp(1)
+        a, b = _unit(a), _unit(b)
+        pairing = _pairing(weight, partner, a)
+        z = torch.cat([a, b])
+        spread = _spread_of_each(z, temperature)
         if negatives is not None:
-            spread = torch.logaddexp(spread, (z @ _unit(negatives).T / temperature).logsumexp(1))
+            spread = torch.logaddexp(spread, _spread(z, negatives, temperature))
+        own = (a * b).sum(1) / temperature
         if pairing is None:
             return (spread - own.repeat(2)).mean()
         weight, partner = pairing
+        other = (a * b[partner]).sum(1) / temperature
         from_b = partner.argsort()  # q of each j: the mixture that b_j is the partner in
         rest = (1 - weight)[from_b]
         total = weight + rest
         norm = torch.where(total > 0, total, torch.ones_like(total))
         of_m = weight * own + (1 - weight) * other
         of_b = weight / norm * own + rest / norm * other[from_b]
-        held = torch.cat([torch.ones_like(total), (total > 0).to(z.dtype)])
+        held = torch.cat([torch.ones_like(total), (total > 0).to(total.dtype)])
         return (held * spread - torch.cat([of_m, of_b])).mean()
 
 
@@ -261,9 +356,9 @@ def info_nce(
     _check_temperature(temperature)
     _check_negatives(negatives, queries)
     with _exact(queries):
-        queries, keys, negatives = _unit(queries), _unit(keys.detach()), _unit(negatives.detach())
+        queries, keys = _unit(queries), _unit(keys.detach())
         pairing = _pairing(weight, partner, queries)
-        elsewhere = (queries @ negatives.T / temperature).logsumexp(1)
+        elsewhere = _spread(queries, negatives.detach(), temperature)
 
         def each(keys):  # l, one a row: -log sigmoid(positive - log-sum-exp of the negatives)
             return -F.logsigmoid((queries * keys).sum(1) / temperature - elsewhere)

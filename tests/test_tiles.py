@@ -1,0 +1,121 @@
+"""Losses that never hold the whole similarity matrix equal those that do: values, gradients, memory."""
+
+import pytest
+import torch
+
+import bsim
+from bsim import info_nce, nt_xent
+
+N, D = 23, 6
+
+
+def inputs(dtype=torch.float64):
+    draws = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, N, D, generator=draws, dtype=torch.float64).to(dtype)
+    negatives = 3 * torch.randn(31, D, generator=draws, dtype=torch.float64).to(dtype)  # not of unit length
+    a, b = a.requires_grad_(), b.requires_grad_()
+    weight, partner = torch.rand(N, generator=draws), torch.randperm(N, generator=draws)
+    return a, b, negatives, dict(weight=weight, partner=partner)
+
+
+def cases():
+    for mixed in (False, True):
+        for temperature in (0.05, 0.5):
+            yield "nt_xent", mixed, temperature, None
+            yield "nt_xent", mixed, temperature, "kept"  # negatives that want a gradient
+            yield "nt_xent", mixed, temperature, "held"
+            yield "info_nce", mixed, temperature, "held"
+
+
+def value_and_gradients(kind, mixed, temperature, negatives_are, dtype=torch.float64):
+    a, b, negatives, mixture = inputs(dtype)
+    negatives.requires_grad_(negatives_are == "kept")
+    options = mixture if mixed else {}
+    if kind == "nt_xent":
+        loss = nt_xent(a, b, temperature, negatives=negatives if negatives_are else None, **options)
+    else:
+        loss = info_nce(a, b, negatives, temperature, **options)
+    (3 * loss).backward()
+    return [loss.detach(), *(x.grad for x in (a, b, negatives) if x.grad is not None)]
+
+
+@pytest.mark.parametrize("tile", [1, 5, 64])
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_tiles_give_the_value_and_the_gradients_of_the_whole(monkeypatch, case, tile):
+    whole = value_and_gradients(*case)
+    monkeypatch.setattr(bsim, "WHOLE", 0)
+    monkeypatch.setattr(bsim, "TILE", tile)
+    for one, two in zip(whole, value_and_gradients(*case), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-11, atol=1e-12)
+    for one, two in zip(whole, value_and_gradients(*case, dtype=torch.float32), strict=True):
+        torch.testing.assert_close(two.double(), one, rtol=2e-4, atol=2e-5)
+
+
+def test_large_losses_take_tiles_and_are_the_small_ones(monkeypatch):
+    draws = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 700, 16, generator=draws)
+    used = []
+    apply = bsim._SelfSpread.apply
+    monkeypatch.setattr(bsim._SelfSpread, "apply", lambda *args: used.append(1) or apply(*args))
+    tiled = nt_xent(a, b, 0.2)
+    monkeypatch.setattr(bsim, "WHOLE", 1 << 30)
+    torch.testing.assert_close(tiled, nt_xent(a, b, 0.2), rtol=1e-5, atol=1e-6)
+    assert used == [1]
+
+
+@pytest.mark.parametrize("temperature", [0.01, torch.tensor(0.2, requires_grad=True)])
+def test_a_temperature_that_tiles_cannot_take_is_taken_whole(monkeypatch, temperature):
+    """e^(-2 / 0.01) is no float32; a learnt temperature wants its gradient."""
+    monkeypatch.setattr(bsim, "WHOLE", 0)
+    a = torch.eye(4, 8).repeat(5, 1).requires_grad_()
+    loss = nt_xent(a, -a.detach(), temperature)
+    loss.backward()
+    assert loss.isfinite() and a.grad.isfinite().all()
+    if isinstance(temperature, torch.Tensor):
+        assert temperature.grad.abs() > 0.1
+
+
+def test_opposite_and_equal_rows_stay_finite(monkeypatch):
+    monkeypatch.setattr(bsim, "WHOLE", 0)
+    x = torch.tensor([[1.0, 0.0]]).repeat(6, 1)
+    for a, b in ((x, x), (x, -x), (x, torch.zeros(6, 2))):
+        a = a.clone().requires_grad_()
+        loss = nt_xent(a, b, 0.03)
+        loss.backward()
+        assert loss.isfinite() and a.grad.isfinite().all()
+
+
+def saved_numbers(function):
+    """Of all tensors that autograd keeps for backward, the numbers in storages of their own."""
+    seen = {}
+
+    def pack(x):
+        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        function()
+    return sum(seen.values()) / 4
+
+
+def test_memory_grows_with_n_and_the_queue_is_not_copied():
+    a, b = torch.randn(2, 2048, 32).requires_grad_()
+    for options in (dict(), dict(weight=torch.rand(2048), partner=torch.randperm(2048))):
+        assert saved_numbers(lambda options=options: nt_xent(a, b, 0.2, **options)) < 16 * a.numel()  # 4096^2 is 256 x
+    queue, queries = torch.randn(65536, 32), torch.randn(64, 32, requires_grad=True)
+    kept = saved_numbers(lambda: info_nce(queries, torch.randn(64, 32), queue, 0.2))
+    assert kept < queue.numel() + 16 * 64 * 32  # the queue itself, and no logits (64 x 65536 is twice the queue)
+
+
+def test_tiles_compile_without_a_graph_break(monkeypatch):
+    monkeypatch.setattr(bsim, "WHOLE", 0)
+    monkeypatch.setattr(bsim, "TILE", 16)
+    a, b, negatives, mixture = inputs(torch.float32)
+
+    def both(a, b, negatives):
+        return nt_xent(a, b, 0.3, negatives=negatives, **mixture) + info_nce(a, b, negatives, 0.3, **mixture)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(a, b, negatives), both(a, b, negatives))
+    wanted = torch.autograd.grad(both(a, b, negatives), (a, b))
+    torch.testing.assert_close(torch.autograd.grad(compiled(a, b, negatives), (a, b)), wanted)
