@@ -3,7 +3,9 @@
 A batch is a pure function of (seed, step, process), so a run can start at any step without reading what it skips.
 """
 
+import atexit
 import math
+import multiprocessing
 import signal
 from functools import lru_cache
 from itertools import islice
@@ -170,6 +172,11 @@ def _begin_worker(worker):
         signal.signal(kind, signal.SIG_IGN)
 
 
+def _kill(processes):
+    for process in processes:
+        process.kill()
+
+
 class Feed:
     """An iterator over this process's pairs of uint8 batches, which `workers` processes, or this one, make.
 
@@ -181,7 +188,9 @@ class Feed:
         options = dict(batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=_begin_worker)
         streams = isinstance(batches, StreamBatches)
         options |= {} if streams else dict(sampler=range(start, stop))
+        before = set(multiprocessing.active_children())
         self.made, self.bad = iter(DataLoader(batches, **options)), set(batches.source.bad)
+        atexit.register(_kill, set(multiprocessing.active_children()) - before)  # they would not hear SIGTERM
         self.places = list(batches.places) if streams else None
 
     def __iter__(self):

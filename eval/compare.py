@@ -19,7 +19,7 @@ from runs import config_of, write, write_json
 
 # Of a run's settings and a result's, those that say nothing of what was trained or measured.
 BESIDES = "seed out resume given versions run log_with log_every checkpoint_every eval_every keep workers".split()
-CHOSEN = "C accuracy_by_C".split()  # what a protocol chose itself
+CHOSEN = "C accuracy_by_C costs".split()  # what a protocol chose itself
 MIXTURE = ("mix", "alpha", "per_sample")  # of which a plain run, without a mixture, has none
 FEW = 3  # rows of settings that a refusal lists
 
@@ -141,6 +141,7 @@ def draw(path: Path, values: dict, by: list[str], metrics: list[str]) -> None:
             if seen:
                 axis.plot([np.mean(seen)] * 2, [i - 0.3, i + 0.3], color=colour, linewidth=2)
         axis.set_title(metric, fontsize=10)
+        axis.locator_params(axis="x", nbins=4)
         axis.grid(axis="x", linewidth=0.4)
         axis.spines[["top", "right"]].set_visible(False)
     names = [", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row) for row in rows]

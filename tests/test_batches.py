@@ -1,7 +1,11 @@
 """Batches do not depend on who makes them, nor on where a run begins."""
 
 import json
+import os
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,3 +226,20 @@ def test_a_stream_holds_out_the_same_images_whoever_reads(place):
     for world in (1, 2, 4):
         seen = sum((epoch_of(source, 0, rank=rank, world=world) for rank in range(world)), [])
         assert len(seen) == len(set(seen)) == 80 - len(held) and not held & set(seen)
+
+
+def test_workers_end_with_a_program_that_still_holds_them(place):
+    """They ignore the SIGTERM with which multiprocessing would end them, and it would wait for them for ever."""
+    table(40, (80, 80)).to_parquet(place / "rows.parquet")
+    program = """
+import sys
+import data
+from batches import Batches, Feed
+from tests.test_data import RECIPES
+source = data.open_source("rows.parquet", label_column="none")
+made = Batches(source, RECIPES, batch_size=4, part_size=4, rank=0, world=1, seed=0)
+sys.modules["held"] = feed = Feed(made, 0, 1000, 2, pin=False)
+next(feed)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
