@@ -13,6 +13,7 @@ from typing import get_args, get_type_hints
 
 import fire
 from fire.decorators import SetParseFns
+from tqdm.auto import tqdm
 
 given: set[str] = set()  # the flags on the command line; one that repeats a default is given too
 
@@ -43,6 +44,12 @@ def reading(what: str):
         raise
     except Exception as error:
         raise UserError(f"{what}: cannot be read ({first_line(error)})") from error
+
+
+def progress(total: int, *, start: int = 0, shown: bool = True, unit: str = "step") -> tqdm:
+    """A progress bar; what goes to a file gets a line every half minute, not ten a second."""
+    often = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(total=total, initial=start, disable=not shown, unit=unit, mininterval=often)
 
 
 def nearest(word: str, names) -> str:

@@ -14,7 +14,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from timm.optim import Lars
 from torch import nn
-from tqdm.auto import tqdm
 
 import data
 import guards
@@ -24,7 +23,7 @@ import settings
 from batches import VIEW, Batches, Feed, StreamBatches, generator, places_of
 from bsim import make_view, sample_mixture
 from eval.knn import knn_accuracy, pixels
-from flags import UserError
+from flags import UserError, progress
 from images import after_crop
 from methods import METHODS
 from methods.networks import average_statistics
@@ -215,7 +214,7 @@ def pretrain(
         recipes = tuple(after_crop(recipe) for recipe in recipes)
 
     # The loop.
-    bar = tqdm(total=s["steps"], initial=start, disable=not accelerator.is_main_process, unit="step")
+    bar = progress(s["steps"], start=start, shown=accelerator.is_main_process)
     knn, clock, since = None, time.perf_counter(), start
     with guards.asked_to_stop() as asked, guards.leaves_nothing(folder, start), peers:
         stop_asked = agreement(asked)
@@ -270,7 +269,7 @@ def pretrain(
                     runs.append_metrics(folder, line)
                 accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=done)
                 shown = {"loss": f"{line['loss']:.3f}", "img/s": f"{line['images_per_second']:.0f}"}
-                bar.set_postfix(shown | ({"knn": f"{knn:.1f}%"} if knn is not None else {}))
+                bar.set_postfix(shown | ({"knn": f"{knn:.1f}%"} if knn is not None else {}), refresh=False)
                 clock, since = time.perf_counter(), done
             bar.update()
             if saves:

@@ -4,12 +4,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
 from batches import VIEW, Batches, Feed, generator
 from bsim import ViewRecipe, make_view
 from data import Source
-from flags import UserError
+from flags import UserError, progress
 from images import after_crop
 
 
@@ -38,8 +37,8 @@ def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
     recipe = after_crop(recipe) if train.images.in_workers else recipe
     peaks = [group["lr"] for group in descent.param_groups]
     model, descent = accelerator.prepare(model, descent)
-    bar = tqdm(range(steps), disable=not accelerator.is_main_process, unit="step")
-    for step in bar:
+    bar = progress(steps, shown=accelerator.is_main_process)
+    for step in range(steps):
         for group, peak in zip(descent.param_groups, peaks):
             group["lr"] = peak * (1 + math.cos(math.pi * step / steps)) / 2
         images, _ = next(feed)
@@ -49,4 +48,6 @@ def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
         descent.step()
         descent.zero_grad()
         if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        bar.update()
+    bar.close()

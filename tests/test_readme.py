@@ -1,6 +1,7 @@
 """The README is right: its example runs, its commands and flags exist."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -36,13 +37,24 @@ def test_the_moco_example_runs_and_learns():
     assert sum(values[-5:]) < 0.9 * sum(values[:5])
 
 
+EVALUATIONS = ("knn", "linear", "semi", "voc07", "detect", "geometry", "compare", "export")
+
+
 def test_every_flag_it_names_exists():
     launchers = {"--multi_gpu", "--num_processes", "--num_cpu_threads_per_process", "--nproc-per-node", "--help"}
     launchers |= {"--config_file", "--machine_rank", "--main_process_ip"}
-    benchmarks = {"--jobs", "--threads", "--repeats"}
-    elsewhere = launchers | benchmarks
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) - elsewhere:
-        assert flag[2:] in _kinds(pretrain), flag
+    elsewhere = launchers | {"--jobs", "--threads", "--repeats"}
+    for line in TEXT.splitlines():
+        named = [name for name in EVALUATIONS if re.search(rf"\beval\.{name}\b", line)]
+        functions = [getattr(import_module(f"eval.{name}"), name) for name in named] or [pretrain]
+        for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", line)) - elsewhere:
+            assert any(flag[2:] in {**_kinds(function), **_kinds(pretrain)} for function in functions), flag
+
+
+def test_it_names_every_evaluation():
+    files = {path.stem for path in (Path(__file__).parent.parent / "eval").glob("*.py")}
+    assert files - {"__init__", "common", "supervised", "boxes"} == set(EVALUATIONS)
+    assert all(f"| `eval.{name}` |" in TEXT for name in EVALUATIONS)
 
 
 def test_its_two_commands_are_those_that_users_and_ci_run():
