@@ -177,6 +177,14 @@ def _kill(processes):
         process.kill()
 
 
+def iterate(dataset, **options):
+    """An iterator over a DataLoader whose workers leave signals to the main process, and end with it."""
+    before = set(multiprocessing.active_children())
+    made = iter(DataLoader(dataset, worker_init_fn=_begin_worker, **options))
+    atexit.register(_kill, set(multiprocessing.active_children()) - before)  # they would not hear a SIGTERM
+    return made
+
+
 class Feed:
     """An iterator over this process's pairs of uint8 batches, which `workers` processes, or this one, make.
 
@@ -185,12 +193,10 @@ class Feed:
     """
 
     def __init__(self, batches: Batches | StreamBatches, start: int, stop: int, workers: int, pin: bool):
-        options = dict(batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=_begin_worker)
+        options = dict(batch_size=None, num_workers=workers, pin_memory=pin)
         streams = isinstance(batches, StreamBatches)
         options |= {} if streams else dict(sampler=range(start, stop))
-        before = set(multiprocessing.active_children())
-        self.made, self.bad = iter(DataLoader(batches, **options)), set(batches.source.bad)
-        atexit.register(_kill, set(multiprocessing.active_children()) - before)  # they would not hear SIGTERM
+        self.made, self.bad = iterate(batches, **options), set(batches.source.bad)
         self.places = list(batches.places) if streams else None
 
     def __iter__(self):

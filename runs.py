@@ -17,6 +17,7 @@ from flags import RunError, UserError, first_line
 
 FORMAT = 2  # of a checkpoint; raised when an older one could no longer be read
 PACKAGES = "torch torchvision timm accelerate datasets einops fire numpy pillow safetensors scikit-learn".split()
+PACKAGES += ["faster-coco-eval"]
 
 
 def versions() -> dict:

@@ -1,0 +1,77 @@
+"""What evaluation costs: k-NN at full size, and features against the bare network.
+
+    python benchmarks/evaluate.py --threads 2
+
+k-NN: 10,000 queries, a bank of 50,000, 512 dimensions, in seconds and in memory beyond its inputs. Features: images a
+second of `eval.common.features` over those of the network alone on batches that lie ready, in turns.
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+
+import data  # noqa: E402
+from eval.common import features  # noqa: E402
+from eval.knn import knn_votes  # noqa: E402
+from methods.networks import backbone  # noqa: E402
+
+
+def peak() -> float:
+    """The most memory that this process has held, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def timed(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--network", default="resnet18")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    draws = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(50_000, 512, generator=draws), torch.randn(10_000, 512, generator=draws)
+    labels = torch.randint(0, 100, (50_000,), generator=draws)
+    before = peak()
+    seconds = timed(lambda: knn_votes(queries, bank, labels))
+    print(f"k-NN, 10,000 x 50,000 at 512: {seconds:.1f} s, {peak() - before:.2f} GiB beyond its inputs")
+
+    size = 32
+    source = data.open_source("digits")
+    part = (source.train, source.rows)
+    network, accelerator = backbone(options.network, size).eval(), Accelerator(cpu=True)
+    network = network.to(memory_format=torch.channels_last)
+    ready = [torch.randn(len(rows), 3, size, size, generator=draws) for rows in source.rows.split(256)]
+    ready = [batch.to(memory_format=torch.channels_last) for batch in ready]
+
+    @torch.no_grad()
+    def bare():
+        for batch in ready:
+            network(batch)
+
+    ratios = []
+    for _ in range(options.repeats):
+        alone = timed(bare)
+        ratios.append(alone / timed(lambda: features(accelerator, network, part, image_size=size)))
+    low, _, high = statistics.quantiles(ratios, n=4)
+    print(
+        f"features, {options.network}, {size} pixels: {100 * statistics.median(ratios):.1f} % of its bare speed "
+        f"(quartiles {100 * low:.1f} to {100 * high:.1f}, {options.repeats} turns, {options.threads} threads)"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,533 @@
+"""Detection: what is read and refused, the average precision, and whole runs on scenes of digits."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, List, Value
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import runs
+from eval.boxes import VOC_CLASSES, Batches, average_precision, mask_of, open_scenes, picture, run_lengths
+from eval.common import read_results
+from eval.detect import RECIPES, _lr, _settings, detect
+from eval.detector import detector
+from flags import UserError
+from methods.networks import backbone
+from tests.scenes import coco_folder, scene, voc_folder
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(
+    run="resnet_tiny", init="random", batch_size=2, min_size=32, workers=0, log_every=2, checkpoint_every=3, steps=5
+)
+
+
+def coco_file(root, split="train2017"):
+    return root / "annotations" / f"instances_{split}.json"
+
+
+def changed(file, change):
+    """Rewrite a COCO file as `change` leaves it."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def finished_run(place, name="resnet_tiny", size=32):
+    folder = place / "run"
+    folder.mkdir()
+    network = backbone(name, size)
+    save_file(network.state_dict(), folder / "backbone.safetensors")
+    (folder / "config.json").write_text(json.dumps({"backbone": name, "image_size": size}))
+    return folder, network
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading.
+
+
+def drawn(count, seed=0, **options):
+    rng = np.random.default_rng(seed)
+    return [scene(rng, **options) for _ in range(count)]
+
+
+def test_voc_boxes_are_read_as_they_were_drawn(place):
+    root = voc_folder(place, dict(train=30, val=10, test=2), ten=True)
+    train, test, note = open_scenes("voc", str(root))
+    assert note == f"note: no {root / 'VOC2012'}; trained on VOC2007's trainval alone"
+    assert (len(train.images), len(test.images)) == (40, 2)
+    names = [category["name"] for category in train.truth["categories"]]
+    assert names == sorted(names) and train.truth["categories"] == test.truth["categories"]
+    rng = np.random.default_rng(0)
+    for row in range(40):
+        canvas, objects = scene(rng, ten=True)
+        rng.random(len(objects))  # which of them are difficult
+        assert np.abs(picture(train, row).astype(int) - canvas).mean() < 9  # a JPEG of noise; another image has 14
+        found = [(names[each["category_id"] - 1], each["bbox"]) for each in train.objects()[row]]
+        assert found == [(name, [x1, y1, x2 - x1, y2 - y1]) for name, (x1, y1, x2, y2), _ in objects]
+
+
+def test_voc_is_2007_and_2012_and_its_classes_are_the_twenty(place):
+    for year, counts in (("2007", dict(train=2, val=1, test=2)), ("2012", dict(train=3, val=1))):
+        root = voc_folder(place, counts, year=year, seed=int(year))
+    for file in root.rglob("*.xml"):
+        file.write_text(file.read_text().replace("<name>digit<", "<name>sofa<"))
+    train, test, note = open_scenes("voc", str(root))
+    assert (len(train.images), len(test.images), note) == (3 + 4, 2, None)
+    assert [category["name"] for category in test.truth["categories"]] == VOC_CLASSES and len(VOC_CLASSES) == 20
+    assert {each["category_id"] for each in train.truth["annotations"]} == {VOC_CLASSES.index("sofa") + 1}
+
+
+def test_difficult_objects_are_neither_learnt_nor_counted(place):
+    root = voc_folder(place, dict(train=30, test=10), difficult=0.4)
+    train, test, _ = open_scenes("voc", str(root))
+    hard = [each for each in train.truth["annotations"] if each["iscrowd"]]
+    assert 0 < len(hard) < len(train.truth["annotations"])
+    batches = Batches(train, [1], False, batch_size=2, rank=0, world=1, seed=0)
+    learnt = sum(len(objects) for objects in batches.objects)
+    assert learnt == len(train.truth["annotations"]) - len(hard)
+    assert all(batches.objects[row] for row in batches.kept)
+    assert len(batches.kept) == len({each["image_id"] for each in train.truth["annotations"] if not each["iscrowd"]})
+    easy = [{**each, "score": 1.0} for each in test.truth["annotations"] if not each["iscrowd"]]
+    every = [{**each, "score": 1.0} for each in test.truth["annotations"]]
+    assert average_precision(test.truth, easy)["AP"] == pytest.approx(100)
+    assert average_precision(test.truth, every)["AP"] == pytest.approx(100)  # no false alarm either
+
+
+@pytest.mark.parametrize("kind", ["plain", "compressed", "polygon"])
+def test_coco_masks_are_read_in_every_form(place, kind):
+    root = coco_folder(place, 2, 2)
+    canvas, objects = drawn(1)[0]
+    height, width = canvas.shape[:2]
+
+    def change(content):
+        for each in content["annotations"]:
+            if kind == "compressed":
+                shape = run_lengths.frPyObjects(each["segmentation"], height, width)
+                each["segmentation"] = {"size": shape["size"], "counts": shape["counts"].decode()}
+            elif kind == "polygon":
+                x, y, w, h = each["bbox"]
+                each["segmentation"] = [[x, y, x + w, y, x + w, y + h], [x, y, x, y + h, x + w, y + h]]
+
+    changed(coco_file(root), change)
+    train, _, _ = open_scenes("coco", str(root))
+    for each, (_, (x1, y1, x2, y2), mask) in zip(train.objects()[0], objects, strict=True):
+        found = mask_of(each, height, width)
+        if kind == "polygon":  # two triangles: the box
+            mask = np.zeros_like(mask)
+            mask[y1:y2, x1:x2] = True
+        assert (found == mask).mean() > (0.999 if kind == "polygon" else 0.9999999)
+        assert found.sum() > 0
+
+
+def objects_of(kind, rows):
+    boxes = [[[float(v) for v in (x1, y1, x2 - x1, y2 - y1)] for _, (x1, y1, x2, y2), _ in row] for _, row in rows]
+    labels = [[0 if kind == "numbers" else name for name, *_ in row] for _, row in rows]
+    if kind == "dicts":
+        return [[{"bbox": b, "category": c} for b, c in zip(*row)] for row in zip(boxes, labels)]
+    return [{"bbox": b, "categories" if kind == "numbers" else "label": c} for b, c in zip(boxes, labels)]
+
+
+@pytest.mark.parametrize("kind", ["numbers", "words", "dicts"])
+def test_a_dataset_of_parquet_files_is_read_as_the_folder_is(place, kind):
+    for split, count, seed in (("train", 4, 0), ("test", 3, 1)):
+        rows = drawn(count, seed)
+        for i, (canvas, _) in enumerate(rows):
+            Image.fromarray(canvas).save(place / f"{split}{i}.png")
+        images = [{"bytes": (place / f"{split}{i}.png").read_bytes(), "path": None} for i in range(count)]
+        table = Dataset.from_dict({"image": images, "objects": objects_of(kind, rows)})
+        table = table.cast_column("image", datasets.Image())
+        if kind == "numbers":
+            label = datasets.ClassLabel(names=["digit", "letter"])
+            shape = {"bbox": List(List(Value("float32"))), "categories": List(label)}
+            table = table.cast(Features(image=datasets.Image(), objects=shape))
+        (place / "set").mkdir(exist_ok=True)
+        table.to_parquet(place / "set" / f"{split}.parquet")
+    train, test, note = open_scenes("voc", str(place / "set"))
+    assert note is None and (len(train.images), len(test.images)) == (4, 3)
+    assert [c["name"] for c in train.truth["categories"]] == ["digit", "letter"][: 1 + (kind == "numbers")]
+    for scenes, seed in ((train, 0), (test, 1)):
+        for row, (canvas, objects) in enumerate(drawn(len(scenes.images), seed)):
+            assert np.array_equal(picture(scenes, row), canvas)
+            wanted = [[x1, y1, x2 - x1, y2 - y1] for _, (x1, y1, x2, y2), _ in objects]
+            assert [each["bbox"] for each in scenes.objects()[row]] == wanted
+
+
+def edit(**values):
+    return lambda content: content["annotations"][1].update(values)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (edit(bbox=[100, 100, 60, 10]), r"annotation 2, of .*\.jpg, has a box outside the image: from 100, 100 to 160"),
+        (edit(bbox=[-3, 100, 60, 10]), r"annotation 2, of .*\.jpg, has a box outside the image: from -3, 100"),
+        (edit(bbox=[float("nan"), 1, 6, 1]), r"annotation 2, of .*\.jpg, has a box outside the image"),
+        (edit(bbox=[10, 10, 0, 10]), r"annotation 2, of .*\.jpg, has a box of no area: x 10, y 10, width 0, height 10"),
+        (edit(category_id=77), r"annotation 2, of .*\.jpg, has the unknown category 77"),
+        (edit(image_id=99), r"annotation 2 is of image 99, which is not listed"),
+        (edit(segmentation=[]), r"annotation 2, of image 2, has no mask"),
+        (lambda content: content.pop("categories"), r"instances_train2017.json: cannot be read \('categories'\)"),
+        (
+            lambda content: (
+                content["categories"].append({"id": 4, "name": "letter"})
+                or [each.update(category_id=4) for each in content["annotations"]]
+            ),
+            "class digit is only in the images to be judged by",
+        ),
+    ],
+)
+def test_a_bad_annotation_is_named(place, change, said):
+    root = coco_folder(place, 3, 2, seed=2)
+    changed(coco_file(root), change)
+    with pytest.raises(UserError, match=said) as error:
+        open_scenes("coco", str(root))
+    assert str(root) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_two_flawed_boxes_of_coco_itself_are_left_out(place):
+    root = coco_folder(place, 3, 2, seed=2)
+
+    def change(content):
+        number = content["images"][0]["id"]
+        for each in (*content["images"], *content["annotations"]):
+            key = "id" if "file_name" in each else "image_id"
+            each[key] = 200365 if each[key] == number else each[key]
+        content["annotations"][0]["bbox"][3] = 0.0
+
+    before = len(json.loads(coco_file(root).read_text())["annotations"])
+    changed(coco_file(root), change)
+    assert len(open_scenes("coco", str(root))[0].truth["annotations"]) == before - 1
+
+
+def test_what_is_missing_is_named(place):
+    voc, coco = voc_folder(place, dict(train=2, test=2)), coco_folder(place, 2, 2)
+    (voc / "VOC2007/JPEGImages/000001.jpg").rename(place / "away.jpg")
+    with pytest.raises(UserError, match=r"no .*JPEGImages/000001.jpg, which trainval.txt lists"):
+        open_scenes("voc", str(voc))
+    (place / "away.jpg").rename(voc / "VOC2007/JPEGImages/000001.jpg")
+    file = voc / "VOC2007/Annotations/000001.xml"
+    file.write_text(file.read_text().replace("xmax", "xmux"))
+    with pytest.raises(UserError, match=r"000001.xml: cannot be read \(no <bndbox/xmax>\)"):
+        open_scenes("voc", str(voc))
+    (voc / "VOC2007/ImageSets/Main/test.txt").unlink()
+    file.write_text(file.read_text().replace("xmux", "xmax"))
+    with pytest.raises(UserError, match=r"no .*VOC2007/ImageSets/Main/test.txt"):
+        open_scenes("voc", str(voc))
+    with pytest.raises(UserError, match=r"no .*VOC2007/ImageSets/Main/trainval.txt"):
+        open_scenes("voc", str(coco))
+    with pytest.raises(UserError, match=r"no .*annotations/instances_train2017.json"):
+        open_scenes("coco", str(voc))
+    with pytest.raises(UserError, match="no such folder here, and as a dataset: cannot be read"):
+        open_scenes("voc", str(place / "nowhere"))
+    next((coco / "val2017").iterdir()).unlink()
+    with pytest.raises(UserError, match=r"no .*val2017/0+.\.jpg, which instances_val2017.json lists"):
+        open_scenes("coco", str(coco))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The average precision.
+
+
+def guesses(scenes, seed):
+    """Moved boxes and masks of the truth, with doubles, false alarms and equal scores."""
+    rng, found = np.random.default_rng(seed), []
+    for image, objects in zip(scenes.truth["images"], scenes.objects()):
+        height, width = image["height"], image["width"]
+        for each in [*objects, *objects, *rng.choice(scenes.truth["annotations"], 2)]:
+            dx, dy = rng.integers(-5, 6, 2)
+            mask = np.roll(mask_of(each, height, width), (dy, dx), (0, 1))
+            x, y, w, h = each["bbox"]
+            guess = {"image_id": image["id"], "category_id": each["category_id"], "score": round(rng.random(), 1)}
+            guess["bbox"] = [float(x + dx), float(y + dy), float(w * rng.uniform(0.8, 1.2)), float(h)]
+            found.append(guess | {"segmentation": run_lengths.encode(np.asfortranarray(mask))})
+    return found
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_ap_is_that_of_pycocotools(place, kind, capsys):
+    pycocotools = pytest.importorskip("pycocotools.coco", reason="pycocotools, to compare with, is not installed")
+    from pycocotools.cocoeval import COCOeval
+
+    root = coco_folder(place, 2, 12, ten=True)
+    changed(coco_file(root), lambda content: content.update(json.loads(coco_file(root, "val2017").read_text())))
+    for file in (root / "val2017").iterdir():
+        (root / "train2017" / file.name).write_bytes(file.read_bytes())
+    changed(
+        coco_file(root, "val2017"), lambda content: [each.update(iscrowd=1) for each in content["annotations"][::7]]
+    )
+    for each in range(2):
+        _, scenes, _ = open_scenes("coco", str(root))
+        found = guesses(scenes, each)
+        ours = average_precision(scenes.truth, found, kind)
+        known = pycocotools.COCO(str(coco_file(root, "val2017")))
+        judge = COCOeval(known, known.loadRes(found), kind)
+        judge.evaluate(), judge.accumulate(), judge.summarize()
+        assert list(ours.values()) == pytest.approx([100 * value for value in judge.stats[:3]], abs=1e-6)
+        assert list(ours) == ["AP", "AP50", "AP75"] and 0 < ours["AP"] < ours["AP50"] < 100
+
+
+def test_ap_of_everything_and_of_nothing(place):
+    _, test, _ = open_scenes("coco", str(coco_folder(place, 2, 5)))
+    perfect = [{**each, "score": 0.9} for each in test.truth["annotations"]]
+    for each, objects in zip(perfect, test.truth["annotations"]):
+        shape = run_lengths.frPyObjects(objects["segmentation"], 128, 128)
+        each["segmentation"] = shape
+    before = json.dumps(test.truth)
+    for kind in ("bbox", "segm"):
+        assert average_precision(test.truth, perfect, kind) == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100})
+        assert average_precision(test.truth, [], kind) == {"AP": 0, "AP50": 0, "AP75": 0}
+    assert json.dumps(test.truth) == before  # what it is given stays as it is
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches, schedule, network.
+
+
+def test_a_batch_is_the_same_however_many_processes_share_it(place):
+    train, _, _ = open_scenes("coco", str(coco_folder(place, 5, 2)))
+    options = dict(classes=[3], masks=True, batch_size=4, seed=1)
+    whole = Batches(train, **options, rank=0, world=1)
+    parts = [Batches(train, **options, rank=rank, world=2) for rank in range(2)]
+    mirrored = 0
+    for step in range(3):
+        images, targets = whole(step)
+        shared = [part(step) for part in parts]
+        for one, two in zip(images, [image for part in shared for image in part[0]], strict=True):
+            assert np.array_equal(one, two)
+        for one, two in zip(targets, [target for part in shared for target in part[1]], strict=True):
+            assert all(np.array_equal(one[key], two[key]) for key in ("boxes", "labels", "masks"))
+        for row, image, target in zip(whole.step_rows(step).tolist(), images, targets):
+            flipped = not np.array_equal(image, picture(train, row))
+            mirrored += flipped
+            plain = picture(train, row)
+            assert np.array_equal(image, plain[:, ::-1] if flipped else plain)
+            for (x1, y1, x2, y2), mask in zip(target["boxes"].astype(int), target["masks"], strict=True):
+                rows, columns = np.where(mask)  # the boxes of the scenes are those of the masks
+                assert (x1, y1, x2, y2) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    assert 0 < mirrored < 12
+    rows = torch.cat([whole.step_rows(step) for step in range(5)])  # four epochs of five images
+    assert all(sorted(epoch.tolist()) == [0, 1, 2, 3, 4] for epoch in rows.view(4, 5))
+    assert len({tuple(epoch.tolist()) for epoch in rows.view(4, 5)}) > 1
+
+
+def settings(**given):
+    names = detect.__code__.co_varnames[: detect.__code__.co_argcount]
+    return _settings(dict(zip(names, detect.__defaults__)) | dict(run="resnet_tiny", init="random") | given)[0]
+
+
+def test_the_schedules_are_mocos(place):
+    s = settings(task="voc")
+    assert (s["steps"], s["milestones"], s["warmup_steps"]) == (24_000, [18_000, 22_000], 100)
+    assert s["sides"] == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] and s["max_size"] == 1333
+    rates = [_lr(step, s) for step in (0, 49, 100, 17_999, 18_000, 22_000, 23_999)]
+    assert rates == pytest.approx([0.0002, 0.01, 0.02, 0.02, 0.002, 0.0002, 0.0002])
+    s = settings(task="coco")
+    assert (s["steps"], s["milestones"], s["sides"]) == (90_000, [60_000, 80_000], [640, 672, 704, 736, 768, 800])
+    s = settings(task="coco", schedule="2x")
+    assert (s["steps"], s["milestones"]) == (180_000, [120_000, 160_000])
+    s = settings(task="voc", steps=2400, batch_size=32)
+    assert (s["milestones"], s["warmup_steps"], s["peak_lr"]) == ([1800, 2200], 100, 0.04)
+    assert settings(task="voc", steps=60)["warmup_steps"] == 6
+    assert all(0 < recipe.drops[0] < recipe.drops[1] < 1 for recipe in RECIPES.values())
+
+
+def test_the_detector_has_the_runs_weights_and_trains_all_of_it():
+    torch.manual_seed(0)
+    network = backbone("resnet50", 224)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    model = detector(network, 20, True, [640, 800], 1333)
+    assert model.backbone.out_channels == 256
+    norms = [name for name, module in model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for part, count in (("backbone.pyramid", 8), ("roi_heads.mask_head", 4), ("backbone.stages", 52)):
+        assert sum(name.startswith(part) for name in norms) == count
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    anchors = [float(cell[1, 2] - cell[1, 0]) for cell in model.rpn.anchor_generator.cell_anchors]
+    assert anchors == [32, 64, 128, 256, 512]
+    assert model.roi_heads.fg_bg_sampler.batch_size_per_image == 512
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        network.eval(), model.eval()
+        fourth = model.backbone.stages[:4]
+        found = model.backbone.stem(x)
+        for stage in fourth:
+            found = stage(found)
+        assert torch.equal(found, network.forward_features(x))
+        assert [tuple(m.shape[1:]) for m in model.backbone(x).values()] == [
+            (256, 16, 24), (256, 8, 12), (256, 4, 6), (256, 2, 3), (256, 1, 2)
+        ]  # fmt: skip
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs.
+
+
+def ends(folder):
+    return load_file(Path(folder) / "checkpoints" / "step_000005" / "method.safetensors")
+
+
+def test_a_run_leaves_its_result_and_goes_on_as_if_nothing_had_been(place, capsys):
+    data = str(coco_folder(place, 4, 2))
+    run, network = finished_run(place)
+    options = {**TINY, "run": str(run), "init": "run", "task": "coco", "data": data}
+    metrics = detect(**options)
+    folder = run / "detect-coco"
+    assert list(metrics) == ["AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75"]
+    (line,) = read_results(run)
+    assert (line["protocol"], line["dataset"], line["metrics"]) == ("detect", data, metrics)
+    assert line["settings"]["steps"] == 5 and line["settings"]["backbone"] == "resnet_tiny"
+    said = capsys.readouterr().out
+    assert "mask_AP75" in said and f"added to {run / 'results.jsonl'}" in said
+    lines = runs.read_metrics(folder)
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    for line in lines:
+        parts = [value for name, value in line.items() if name.startswith("loss_")]
+        assert len(parts) == 5 and line["loss"] == pytest.approx(sum(parts), rel=1e-5)
+    with pytest.raises(UserError, match="holds a finished run; write to another folder"):
+        detect(**options)
+    with pytest.raises(UserError, match="holds a finished run"):
+        detect(resume=str(folder))
+
+    detect(**options, out="cut")
+    # Back to the state after step 3, as a kill leaves it.
+    for path in (last := runs.last_checkpoint(Path("cut"))).iterdir():
+        path.unlink()
+    last.rmdir()
+    Path("cut/result.json").unlink()
+    with pytest.raises(UserError, match="holds an unfinished run; go on with it: --resume cut"):
+        detect(**options, out="cut")
+    with pytest.raises(UserError, match="that run has --lr 0.02, not 0.5"):
+        detect(resume="cut", lr=0.5)
+    assert detect(resume="cut", workers=1) == metrics
+    one, two = ends(folder), ends("cut")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    stripped = [[{**line, "images_per_second": 0} for line in runs.read_metrics(f)] for f in (folder, Path("cut"))]
+    assert stripped[0] == stripped[1]
+    assert not torch.equal(one["backbone.stem.0.weight"], network.conv1.weight)  # it was trained
+    assert torch.allclose(one["backbone.stem.0.weight"], network.conv1.weight, atol=0.1)  # and from the run's
+
+
+def test_a_signal_saves_and_says_how_to_go_on(place):
+    data = voc_folder(place, dict(train=4, test=2))
+    words = f"--run resnet_tiny --init random --data {data} --batch_size 2 --min_size 32 --workers 0 --log_every 1"
+    run = subprocess.Popen(
+        [sys.executable, "-m", "eval.detect", *words.split(), "--steps", "4000", "--out", "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    while not Path("run/metrics.jsonl").exists() or len(runs.read_metrics(Path("run"))) < 2:
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    out, _ = run.communicate(timeout=60)
+    step = int(runs.last_checkpoint(Path("run")).name[5:])
+    assert run.returncode == 0
+    assert f"stopped at step {step}; go on with: python -m eval.detect --resume run" in out.decode()
+    assert runs.read_metrics(Path("run"))[-1]["step"] == step and not Path("run/result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (dict(run="resnet50", init="run"), "a timm name brings no weights; say --init random or --init imagenet"),
+        (dict(init="imagenet"), "has the stem for 64 pixels or fewer"),
+        (dict(run="resnet18", init="imagenet"), "timm's weights of resnet18 cannot be had"),
+        (dict(run="vit_tiny_patch16_224"), "detection wants a ResNet"),
+        (dict(run="nowhere/at/all"), "no such folder or file"),
+        (dict(init="other"), "--init other: want run, random, imagenet"),
+        (dict(task="lvis"), "--task lvis: want voc, coco"),
+        (dict(schedule="1x"), "--schedule 1x: only coco has schedules"),
+        (dict(task="coco", schedule="3x"), "--schedule 3x: want 1x, 2x"),
+        (dict(steps=0), "--steps 0: want 1 or more"),
+        (dict(lr=-1.0), "--lr -1.0: want a number above 0"),
+        (dict(min_size=8), "--min_size 8: want 32 or more"),
+        (dict(max_size=31), "--max_size 31: want at least --min_size, 32"),
+        (dict(data=""), "--data: want a VOCdevkit folder"),
+        (dict(resume="nowhere"), "--resume nowhere: no run there"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_leaves_nothing(place, flags, said):
+    with pytest.raises(UserError, match=said):
+        detect(**{**TINY, "data": "data", "out": "out", **({"out": None} if "resume" in flags else {}), **flags})
+    assert not list(place.iterdir())
+
+
+def test_a_run_that_is_not_finished_is_refused(place):
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps({"backbone": "resnet_tiny", "image_size": 32}))
+    with pytest.raises(UserError, match="--run run: is not finished"):
+        detect(run="run", data="data")
+    save_file(backbone("resnet18", 32).state_dict(), "run/backbone.safetensors")
+    with pytest.raises(UserError, match="of its weights do not fit resnet_tiny"):
+        detect(run="run", data="data")
+    assert [path.name for path in place.iterdir()] == ["run"] and not Path("run/detect-voc").exists()
+
+
+def test_an_image_of_another_size_is_named_and_leaves_no_folder(place):
+    data = voc_folder(place, dict(train=2, test=2))
+    Image.new("RGB", (40, 30)).save(data / "VOC2007/JPEGImages/000001.jpg")
+    with pytest.raises(UserError, match=r"000001.jpg: has 40 x 30 pixels, and its annotation says 128 x 128"):
+        detect(**TINY, data=str(data), out="out")
+    (data / "VOC2007/JPEGImages/000001.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"000001.jpg: is not an image that can be read"):
+        detect(**TINY, data=str(data), out="out")
+    assert not Path("out").exists()
+
+
+TOGETHER = """import sys, flags
+from eval.detect import detect
+sys.argv[1:] = [f"--{word}" for word in sys.argv[1:]]  # to torchrun, --run is short for a flag of its own
+flags.launch(detect, "eval.detect")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run_and_go_on_as_if_nothing_had_been(place):
+    data, script = coco_folder(place, 6, 3), place / "together.py"
+    script.write_text(TOGETHER)
+    head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def together(*words):
+        done = subprocess.run([*head, *words], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    flags = {**TINY, "task": "coco", "data": data, "out": "two", "batch_size": 4}
+    together(*(f"{name}={value}" for name, value in flags.items()))
+    shutil.copytree("two", "cut")
+    shutil.rmtree("cut/checkpoints/step_000005")
+    Path("cut/result.json").unlink()
+    together("resume=cut")
+    one, two = ends("two"), ends("cut")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert Path("two/result.json").read_text() == Path("cut/result.json").read_text()
+    assert [line["step"] for line in runs.read_metrics(Path("cut"))] == [2, 4, 5]
+    assert len(read_results(Path())) == 2
+
+
+LEARN = dict(run="resnet_tiny", init="random", min_size=64, workers=0)
+
+
+@pytest.mark.slow
+def test_faster_r_cnn_finds_digits(place):
+    metrics = detect(**LEARN, data=str(voc_folder(place, dict(train=160, test=30))), steps=240, batch_size=4, lr=0.3)
+    assert metrics["AP50"] > 50
+
+
+@pytest.mark.slow
+def test_mask_r_cnn_finds_digits_and_their_shapes(place):
+    options = dict(task="coco", data=str(coco_folder(place, 160, 30)), steps=220, batch_size=4, lr=0.3)
+    metrics = detect(**LEARN, **options)
+    assert metrics["AP50"] > 50 and metrics["mask_AP50"] > 40
