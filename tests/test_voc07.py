@@ -1,0 +1,405 @@
+"""VOC 2007: the average precision by hand, the SVM's minimum, difficult boxes, the draws, whole runs, refusals."""
+
+import json
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import ClassLabel, Dataset, Features, List, Value
+from torch import nn
+
+import eval.voc07 as module
+import flags
+from eval.common import Backbone
+from eval.voc07 import COSTS, average_precisions, draw, full, low_shot, read_sets, svm, truths, voc07
+from flags import UserError
+from tests.scenes import SCANS, voc_folder
+
+GRID = [0.1, 1.0, 10.0]  # in the place of the 26 costs where they would take the tests a minute
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The numbers.
+
+
+def test_map_is_that_of_a_case_by_hand():
+    """Seven images, two classes; -1 are images that do not count.
+
+    Class 0, by falling score: yes no no yes yes. Precision 1, 1/2, 1/3, 2/4, 3/5 at recall 1/3, 1/3, 1/3, 2/3, 1.
+    Made falling, precision at the three recalls is 1, 3/5, 3/5. AP = (1 + 3/5 + 3/5) / 3 = 11/15.
+    (VOC 2007's 11 recalls would give (4 x 1 + 7 x 3/5) / 11 = 41/55, scikit-learn's (1 + 1/2 + 3/5) / 3 = 7/10.)
+    Class 1, by falling score: no yes no yes. Precision 0, 1/2, 1/3, 2/4 at recall 0, 1/2, 1/2, 1. AP = 1/2.
+    mAP = (11/15 + 1/2) / 2 = 37/60.
+    """
+    truth = np.array([[1, 0, 0, 1, 1, -1, -1], [-1, 0, 1, -1, 0, 1, -1]]).T
+    scores = np.array([[5.0, 4, 3, 2, 1, 9, -9], [8.0, 4, 3, -8, 2, 1, 2.5]]).T
+    found = average_precisions(truth, scores)
+    assert found == pytest.approx([11 / 15, 1 / 2], abs=1e-12)
+    assert found.mean() == pytest.approx(37 / 60, abs=1e-12)
+    shuffled = np.random.default_rng(0).permutation(7)
+    assert average_precisions(truth[shuffled], np.exp(scores[shuffled])) == pytest.approx(found, abs=1e-12)
+    assert average_precisions(truth, np.zeros((7, 2))) == pytest.approx([3 / 5, 1 / 2])  # all alike: one point
+
+
+def test_average_precision_is_its_formula():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        true, score = rng.integers(0, 2, 30), rng.normal(size=30)
+        true[0] = 1
+        order = np.argsort(-score)
+        precision = [true[order[: i + 1]].mean() for i in range(30)]
+        area = sum(max(precision[i:]) / true.sum() for i in range(30) if true[order[i]])
+        assert average_precisions(true[:, None], score[:, None]) == pytest.approx([area], abs=1e-12)
+
+
+def test_the_svm_minimises_the_benchmarks_objective():
+    """|w|^2 / 2 + b^2 / 2 + C sum of s (1 - y (w x + b))_+^2, s = 2 for a positive: by Newton steps of its own."""
+    rng = np.random.default_rng(2)
+    x, y, cost = rng.normal(size=(60, 5)), np.where(rng.random(60) < 0.3, 1, -1), 0.5
+    ones, w = np.append(x, np.ones((60, 1)), 1), np.zeros(6)
+    for _ in range(50):
+        margin = 1 - y * (ones @ w)
+        weight = 2 * cost * np.where(y > 0, 2, 1) * (margin > 0)
+        gradient = w - ones.T @ (weight * y * margin)
+        w = w - np.linalg.solve(np.eye(6) + (ones.T * weight) @ ones, gradient)
+    assert np.linalg.norm(gradient) < 1e-9
+    model = svm(cost).fit(x, y)
+    assert np.append(model.coef_[0], model.intercept_) == pytest.approx(w, abs=2e-3)
+
+
+def test_the_grid_is_the_benchmarks():
+    assert len(COSTS) == 26 and COSTS[0] == 1e-7 and COSTS[-1] == 100 and 2**-19 in COSTS and 2**-4 in COSTS
+
+
+def blobs(rng, n, classes=4):
+    """Features of length 1 [n, 8] float64 and truth [n, classes]: a class is a direction."""
+    truth = (rng.random((n, classes)) < 0.3).astype(np.int8)
+    x = truth @ np.eye(8)[:classes] + 0.25 * rng.normal(size=(n, 8))
+    return x / np.linalg.norm(x, axis=1, keepdims=True), truth
+
+
+def test_images_that_do_not_count_change_nothing():
+    """What is -1 for a class is neither trained on nor judged: any features there give the same scores."""
+    rng = np.random.default_rng(3)
+    (x, truth), (queries, _) = blobs(rng, 90), blobs(rng, 40)
+    truth[:30, 0] = -1
+    wrong = x.copy()
+    wrong[:30] = -x[:30]
+    first, costs = full(x, truth[:, :1], queries, folds=3)
+    second, again = full(wrong, truth[:, :1], queries, folds=3)
+    assert np.array_equal(first, second) and costs == again
+    counted = np.where(truth == -1, 0, truth)  # as the benchmark's code trains, with them as negatives
+    assert not np.allclose(full(x, counted[:, :1], queries, folds=3)[0], first)
+
+
+def test_the_cost_is_chosen_in_training_alone_and_each_class_has_its_own():
+    rng = np.random.default_rng(4)
+    (x, truth), (queries, asked) = blobs(rng, 100, classes=2), blobs(rng, 80, classes=2)
+    truth[:, 1] = rng.random(100) < 0.3  # a class that cannot be learnt
+    scores, costs = full(x, truth, queries, folds=3)
+    assert full(x, truth[:, :1], queries[:5], folds=3)[1] == costs[:1] and costs[0] != costs[1]
+    found = average_precisions(asked, scores)
+    assert found[0] > 0.9 and found[1] < found[0] - 0.2
+    assert by_folds(x, truth[:, 0], costs[0]) == max(by_folds(x, truth[:, 0], cost) for cost in COSTS)
+
+
+def by_folds(x, truth, cost):
+    from sklearn.metrics import average_precision_score
+    from sklearn.model_selection import StratifiedKFold
+
+    found = []
+    for learn, judge in StratifiedKFold(3).split(x, truth):
+        scores = svm(cost).fit(x[learn], np.where(truth[learn] == 1, 1, -1)).decision_function(x[judge])
+        found.append(average_precision_score(truth[judge], scores))
+    return np.mean(found)
+
+
+def test_a_draw():
+    rng = np.random.default_rng(5)
+    truth = rng.choice([-1, 0, 1], p=[0.1, 0.6, 0.3], size=(200, 4)).astype(np.int8)
+    drawn = draw(truth, 5, seed=0, number=0)
+    assert ((drawn == 1).sum(0) == 5).all() and ((drawn == 0).sum(0) == 15).all()
+    assert (drawn == truth)[drawn >= 0].all()
+    assert np.array_equal(drawn, draw(truth, 5, seed=0, number=0))
+    for other in (draw(truth, 5, seed=0, number=1), draw(truth, 5, seed=1, number=0)):
+        assert not np.array_equal(drawn, other)
+
+
+def test_low_shot_is_the_mean_over_draws_at_one_cost(monkeypatch):
+    monkeypatch.setattr(module, "COSTS", GRID)
+    rng = np.random.default_rng(6)
+    (x, truth), (queries, asked) = blobs(rng, 120), blobs(rng, 80)
+    by_cost = []
+    for cost in GRID:
+        maps = []
+        for number in range(5):
+            drawn = draw(truth, 2, seed=0, number=number)
+            scores = []
+            for c in range(4):
+                rows = drawn[:, c] >= 0
+                model = svm(cost).fit(x[rows], np.where(drawn[rows, c] == 1, 1, -1))
+                scores.append(model.decision_function(queries))
+            maps.append(average_precisions(asked, np.stack(scores, 1)).mean())
+        by_cost.append((np.mean(maps), np.std(maps)))
+    mean, std = max(by_cost)
+    found = low_shot(x, truth, queries, asked, 2, seed=0)
+    assert found == pytest.approx({"map_2": 100 * mean, "map_2_std": 100 * std}) and std > 0
+    more = low_shot(x, truth, queries, asked, 8, seed=0)["map_8"]
+    assert more > found["map_2"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs.
+
+
+class Filters(nn.Module):
+    """Correlations with digit scans of four sizes, anywhere in the image: features [N, 200] that know the digits."""
+
+    def __init__(self):
+        super().__init__()
+        picked = [i for digit in range(10) for i in np.flatnonzero(SCANS.target == digit)[:5]]
+        self.scans = torch.tensor(SCANS.images[picked]).float()[:, None]
+
+    def forward(self, images):
+        grey, found = images.mean(1, keepdim=True), []
+        for size in (7, 10, 12, 15):
+            scans = F.interpolate(self.scans, (size, size), mode="bilinear", antialias=True)
+            scans = F.normalize((scans - scans.mean((2, 3), keepdim=True)).flatten(1)).view_as(scans)
+            mean = F.avg_pool2d(grey, size, 1)
+            variance = (F.avg_pool2d(grey**2, size, 1) - mean**2).clamp(min=0.01) * size**2
+            found.append((F.conv2d(grey, scans) / variance.sqrt()).amax((2, 3)))
+        return torch.cat(found, 1) ** 4
+
+
+@pytest.fixture
+def filters(monkeypatch, place):
+    """Every --run is Filters, at 32 pixels; its results go to the current folder."""
+    monkeypatch.setattr(module, "COSTS", GRID)
+    monkeypatch.setattr(module, "load_backbone", lambda *_, **__: Backbone(Filters(), "filters", 32, Path(), {}))
+
+
+def results():
+    return [json.loads(line) for line in Path("results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return voc_folder(tmp_path_factory.mktemp("voc"), dict(train=140, val=60, test=100), ten=True, side=32, most=2)
+
+
+def test_digits_are_told_apart(filters, digits, capsys):
+    """A VOC folder of one or two digits an image: far above what scores by chance give, the part that is positive."""
+    metrics = voc07(run="x", data=str(digits), low_shot=True, workers=0)
+    _, truth, asked = truths(*read_sets(str(digits)), 3)
+    chance = 100 * asked.mean()
+    assert chance < 20 and metrics["map"] > 2.5 * chance
+    # 200 images allow 16 of a class and 144 others, not 32; more images are better.
+    assert [k for k in metrics if k[:4] == "map_" and "std" not in k] == [f"map_{k}" for k in (1, 2, 4, 8, 16)]
+    assert chance < metrics["map_1"] < metrics["map_4"] < metrics["map_16"] < metrics["map"]
+    (line,) = results()
+    assert line["protocol"] == "voc07" and line["dataset"] == str(digits) and line["metrics"] == metrics
+    assert line["settings"]["costs"].keys() == metrics["ap"].keys() == {f"digit{i}" for i in range(10)}
+    assert np.mean(list(metrics["ap"].values())) == pytest.approx(metrics["map"])
+    said = capsys.readouterr().out
+    assert "200 images to learn from, 100 to be judged by, 10 classes" in said and f"{metrics['map']:.2f}" in said
+    assert "no low-shot with 32 images a class" in said
+
+
+def test_shuffled_classes_are_chance(filters, digits, monkeypatch):
+    """The same features with the trainval images' classes exchanged at random: nothing leaks from the test images."""
+    read = module.read_sets
+
+    def exchanged(data):
+        train, test = read(data)
+        order = np.random.default_rng(0).permutation(len(train.found))
+        return train._replace(found=[train.found[i] for i in order]), test
+
+    monkeypatch.setattr(module, "read_sets", exchanged)
+    metrics = voc07(run="x", data=str(digits), workers=0)
+    _, _, asked = truths(*read_sets(str(digits)), 3)
+    assert metrics["map"] < 1.7 * 100 * asked.mean()
+
+
+def test_a_timm_name_runs_alike_twice_and_with_workers(place, digits, monkeypatch):
+    monkeypatch.setattr(module, "COSTS", GRID[1:2])
+    first, second = (voc07(run="resnet_tiny", data=str(digits / "VOC2007"), image_size=16, workers=w) for w in (0, 1))
+    assert first == second and 5 < first["map"] < 100 and len(results()) == 2
+    assert voc07(run="resnet_tiny", data=str(digits), image_size=16, workers=0, seed=1)["map"] != first["map"]
+
+
+def test_only_the_direction_of_features_counts(place, digits, monkeypatch):
+    class Scaled(Filters):
+        def forward(self, images):
+            return super().forward(images) * (2 + images.mean((1, 2, 3)))[:, None].exp()
+
+    monkeypatch.setattr(module, "COSTS", GRID[1:2])
+    found = []
+    for network in (Filters(), Scaled()):
+        monkeypatch.setattr(module, "load_backbone", lambda *_, n=network, **__: Backbone(n, "x", 32, Path(), {}))
+        found.append(voc07(run="x", data=str(digits), workers=0)["map"])
+    assert found[0] == pytest.approx(found[1], abs=0.01)
+
+
+def annotate(root, number, objects):
+    tree = ElementTree.Element("annotation")
+    for name, difficult in objects:
+        item = ElementTree.SubElement(tree, "object")
+        ElementTree.SubElement(item, "name").text = name
+        if difficult is not None:
+            ElementTree.SubElement(item, "difficult").text = difficult
+        part = ElementTree.SubElement(item, "part")  # VOC marks heads and hands of persons; they are no classes
+        ElementTree.SubElement(part, "name").text = "head"
+    ElementTree.ElementTree(tree).write(root / "Annotations" / f"{number}.xml")
+
+
+def test_difficult_boxes(place):
+    root = voc_folder(place, dict(trainval=3, test=2), side=24) / "VOC2007"
+    annotate(root, "000001", [("dog", "1"), ("dog", "0"), ("cat", "1")])
+    annotate(root, "000002", [("cat", "0"), ("dog", "1"), ("dog", "1")])
+    annotate(root, "000003", [("cat", None)])
+    annotate(root, "000004", [("dog", "0"), ("cat", "1")])
+    annotate(root, "000005", [("cat", "0")])
+    train, test = read_sets(str(place))
+    with pytest.raises(UserError, match="--folds 2: class cat has 2 positive and 0 negative images in trainval"):
+        truths(train, test, 2)
+    names, truth, asked = truths(train._replace(found=[*train.found, {}]), test, 1)
+    assert names == ["cat", "dog"]
+    assert truth.tolist() == [[-1, 1], [1, -1], [1, 0], [0, 0]] and asked.tolist() == [[-1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("kind", ["classes", "int32", "string"])
+def test_a_dataset_gives_what_the_folder_gives(filters, digits, kind):
+    """Parquet files with a list of classes an image, as ClassLabel, numbers or names, in two ways to divide them."""
+    names = [f"digit{i}" for i in range(10)]
+    inner = ClassLabel(names=names) if kind == "classes" else Value(kind)
+    column = {"classes": "objects", "int32": "labels", "string": "classes"}[kind]
+    for part in read_sets(str(digits)):
+        listed = [sorted(found) for found in part.found]
+        listed = listed if kind == "string" else [[names.index(name) for name in found] for found in listed]
+        records = [{"bytes": Path(part.images.table[i]["image"]["path"]).read_bytes()} for i in range(len(listed))]
+        rows = Dataset.from_dict(
+            {"number": list(range(len(listed))), "photo": [{**r, "path": None} for r in records], column: listed},
+            features=Features({"number": Value("int32"), "photo": datasets.Image(), column: List(inner)}),
+        )
+        Path("pets/data").mkdir(parents=True, exist_ok=True)
+        if part.name == "test":
+            rows.to_parquet("pets/data/test-0.parquet")
+        elif kind == "string":
+            rows.to_parquet("pets/data/trainval-0.parquet")
+        else:
+            rows.select(range(140)).to_parquet("pets/data/train-0.parquet")
+            rows.select(range(140, 200)).to_parquet("pets/data/validation-0.parquet")
+    if kind == "string":  # `datasets` knows train, validation and test by a file's name; others are named in a card
+        files = [{"split": s, "path": f"data/{s}-*"} for s in ("trainval", "test")]
+        head = json.dumps({"configs": [{"config_name": "default", "data_files": files}]})
+        Path("pets/README.md").write_text(f"---\n{head}\n---\n")
+    for folder, dataset in zip(read_sets(str(digits)), read_sets("pets")):
+        rows = torch.arange(len(folder.found))
+        wanted = (
+            folder.found if kind != "int32" else [{k[len("digit") :]: v for k, v in x.items()} for x in folder.found]
+        )
+        assert dataset.found == wanted
+        assert torch.equal(folder.images.whole(rows, 32)[0], dataset.images.whole(rows, 32)[0])
+    if kind == "string":
+        assert voc07(run="x", data="pets", workers=0) == voc07(run="x", data=str(digits), workers=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused.
+
+
+def test_flags_come_first(place):
+    for given, said in (
+        (dict(), "--data: want a VOCdevkit folder"),
+        (dict(data="x", folds=1), "--folds 1: want 2 or more"),
+        (dict(data="x", mixed_precision="fp8"), "--mixed_precision fp8: want no, fp16, bf16"),
+        (dict(data="x", image_size=4), "--image_size 4: want 8 or more"),
+    ):
+        with pytest.raises(UserError, match=said):
+            voc07(run="nowhere", **given)
+
+
+@pytest.fixture
+def broken(place):
+    return voc_folder(place, dict(trainval=40, test=12), side=24, difficult=0.1)
+
+
+@pytest.mark.parametrize(
+    "harm, said",
+    [
+        (lambda root: (root / "ImageSets/Main/test.txt").unlink(), "has no image set test .looked for .*Main/test.txt"),
+        (lambda root: (root / "ImageSets/Main/test.txt").write_text("\n"), "image set test is empty"),
+        (lambda root: (root / "JPEGImages/000003.jpg").unlink(), "image 000003 of trainval is missing .*000003.jpg"),
+        (lambda root: (root / "Annotations/000005.xml").unlink(), "annotation .*000005.xml cannot be read"),
+        (lambda root: (root / "Annotations/000005.xml").write_text("<annotation>"), "000005.xml cannot be read"),
+        (
+            lambda root: (root / "Annotations/000005.xml").write_text("<annotation><object/></annotation>"),
+            "000005.xml cannot be read",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_whole(broken, harm, said):
+    harm(broken / "VOC2007")
+    with pytest.raises(UserError, match=said):
+        voc07(run="resnet_tiny", data=str(broken), workers=0)
+    assert not Path("results.jsonl").exists()
+
+
+def test_a_corrupt_image_is_named_in_one_line_with_code_2(broken, monkeypatch, capsys):
+    root = broken / "VOC2007"
+    for i in range(1, 53):  # two classes
+        annotate(root, f"{i:06d}", [("dog" if i % 2 else "cat", "0")])
+    for name, content in (("000007", b"no image"), ("000009", b"")):
+        (root / "JPEGImages" / f"{name}.jpg").write_bytes(content)
+    argv = ["eval.voc07", "--run", "resnet_tiny", "--data", str(broken), "--workers", "1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stopped:
+        flags.launch(voc07, "eval.voc07")
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and len(said.splitlines()) == 1
+    file = root / "JPEGImages" / "000007.jpg"
+    assert said == (
+        f"eval.voc07: --data: image {file} of trainval cannot be read (cannot identify image file), and 1 more"
+    )
+
+
+def test_a_class_without_a_positive_image(broken):
+    root = broken / "VOC2007"
+    for i in range(1, 53):
+        annotate(root, f"{i:06d}", [("dog" if i % 2 else "cat", "0"), *[("cow", "1")] * (i == 4)])
+    with pytest.raises(UserError, match="class cow has no positive image in trainval"):
+        voc07(run="resnet_tiny", data=str(broken), workers=0)
+    annotate(root, "000004", [("cow", "0")])
+    with pytest.raises(UserError, match="class cow has no positive image in test"):
+        voc07(run="resnet_tiny", data=str(broken), workers=0)
+    annotate(root, "000050", [("cow", "0")])
+    with pytest.raises(UserError, match="--folds 3: class cow has 1 positive and 39 negative images in trainval"):
+        voc07(run="resnet_tiny", data=str(broken), workers=0)
+
+
+def test_places_without_a_voc(place):
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match="holds no VOC 2007 .looked for empty/ImageSets/Main, empty/VOC2007/ImageSets"):
+        voc07(run="resnet_tiny", data="empty")
+    with pytest.raises(UserError, match="--data /nowhere/VOCdevkit: no such folder"):
+        voc07(run="resnet_tiny", data="/nowhere/VOCdevkit")
+    with pytest.raises(UserError, match="--data some/where .no folder here, so of the Hub.: cannot be read"):
+        voc07(run="resnet_tiny", data="some/where")
+    rows = Dataset.from_dict({"label": [0, 1]})
+    rows.to_parquet("empty/train-0.parquet")
+    with pytest.raises(UserError, match="has splits train; want trainval, or train and validation, and test"):
+        voc07(run="resnet_tiny", data="empty")
+    rows.to_parquet("empty/test-0.parquet")
+    with pytest.raises(UserError, match=r"want a column of images, .*train has label \(Value\)"):
+        voc07(run="resnet_tiny", data="empty")
+
+
+def test_a_run_that_is_not_finished(place, digits):
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps({"backbone": "resnet_tiny", "image_size": 16}))
+    with pytest.raises(UserError, match="--run run: is not finished"):
+        voc07(run="run", data=str(digits))
