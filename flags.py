@@ -140,7 +140,7 @@ def help_text(function, name: str) -> str:
     for line in inspect.cleandoc(function.__doc__).splitlines():
         flag, colon, text = line.strip().partition(": ")
         if line.startswith("  ") and colon and flag in defaults:
-            value = "" if defaults[flag] in (None, False, "") else f" ({defaults[flag]})"
+            value = "" if any(defaults[flag] is x for x in (None, False, "")) else f" ({defaults[flag]})"
             line = f"  --{flag:<17} {text}{value}"
         elif line.startswith("    "):
             line = " " * 22 + line.strip()
