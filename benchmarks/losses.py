@@ -1,0 +1,123 @@
+"""nt_xent against lightly's and a plain one, forward and backward: time in turns, and memory beyond the inputs.
+
+    python benchmarks/losses.py --threads 1 --sizes 256 2048 8192
+
+Peers: pip install --no-deps -r requirements-bench.txt (and pytorch_lightning, lightly_utils and torchmetrics without
+theirs). `plain` holds the whole matrix and takes torch's logsumexp; `product` is the matrix product alone.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from turns import in_turns, machine, spread  # noqa: E402
+
+from bsim import info_nce, nt_xent  # noqa: E402
+
+D, TEMPERATURE = 128, 0.2
+
+
+def plain(a, b):
+    z = F.normalize(torch.cat([a, b]), dim=1)
+    scores = (z @ z.T / TEMPERATURE).fill_diagonal_(-float("inf"))
+    n = len(a)
+    own = torch.cat([scores.diagonal(n), scores.diagonal(-n)])
+    return (scores.logsumexp(1) - own).mean()
+
+
+def contenders(n: int) -> dict:
+    draws = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, D, generator=draws).requires_grad_() for _ in range(2))
+    mixture = dict(weight=torch.rand(n, generator=draws), partner=torch.randperm(n, generator=draws))
+
+    def backward(loss):
+        def step():
+            a.grad = b.grad = None
+            loss(a, b).backward()
+
+        return step
+
+    found = {
+        "ours, SIM": backward(lambda a, b: nt_xent(a, b, TEMPERATURE)),
+        "ours, BSIM": backward(lambda a, b: nt_xent(a, b, TEMPERATURE, **mixture)),
+    }
+    try:
+        from lightly.loss import NTXentLoss
+
+        found["lightly"] = backward(NTXentLoss(temperature=TEMPERATURE))
+    except ImportError:
+        print("lightly is not installed", file=sys.stderr)
+    z = torch.cat([a, b]).detach()
+    return found | {"plain": backward(plain), "product": lambda: z @ z.T}
+
+
+def queue_contenders(n: int, k: int) -> dict:
+    draws = torch.Generator().manual_seed(0)
+    queries, keys = torch.randn(2, n, D, generator=draws)
+    queue = F.normalize(torch.randn(k, D, generator=draws), dim=1)
+    queries.requires_grad_()
+
+    def concatenated():
+        q, p = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+        logits = torch.cat([(q * p).sum(1, keepdim=True), q @ queue.T], 1) / TEMPERATURE
+        F.cross_entropy(logits, torch.zeros(n, dtype=torch.int64)).backward()
+
+    return {"ours": lambda: info_nce(queries, keys, queue, TEMPERATURE).backward(), "concatenated": concatenated}
+
+
+def peak_of(kind: str, name: str, sizes: list[int], threads: int) -> float:
+    """MB of one call beyond what stands before it, in a process of its own."""
+    program = f"""
+import sys, torch
+sys.argv = ["losses"]
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+torch.set_num_threads({threads})
+import losses
+losses.{kind}(*{[min(64, s) for s in sizes]})[{name!r}]()
+call = losses.{kind}(*{sizes})[{name!r}]
+def held(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+before = held("VmRSS")
+call()
+print((held("VmHWM") - before) / 1024)
+"""
+    return float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 2048, 8192])
+    parser.add_argument(
+        "--ours_only", type=int, nargs="*", default=[], help="sizes at which the peers do not take part"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(
+        machine("lightly")
+        + f", D = {D}\n\n| N | | ms | quartiles | MB beyond its inputs |\n| --- | --- | --- | --- | --- |"
+    )
+    for n in options.sizes + options.ours_only:
+        found = contenders(n)
+        if n in options.ours_only:
+            found = {name: function for name, function in found.items() if name.startswith("ours")}
+        for name, seconds in in_turns(found, options.repeats).items():
+            middle, low, high = (1000 * x for x in spread(seconds))
+            memory = peak_of("contenders", name, [n], options.threads)
+            print(f"| {n:,} | {name} | {middle:.0f} | {low:.0f} to {high:.0f} | {memory:.0f} |", flush=True)
+    for name, seconds in in_turns(queue_contenders(256, 65536), options.repeats).items():
+        middle, low, high = (1000 * x for x in spread(seconds))
+        memory = peak_of("queue_contenders", name, [256, 65536], options.threads)
+        print(f"| 256, queue of 65,536 | info_nce, {name} | {middle:.0f} | {low:.0f} to {high:.0f} | {memory:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
