@@ -205,6 +205,7 @@ class Feed:
     def __next__(self):
         made = next(self.made)
         if isinstance(made, UserError):
+            self.made = iter(())  # ends the workers now, not when the traceback that holds them goes
             made.everywhere = False
             raise made
         a, b, bad, *place = made

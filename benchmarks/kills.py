@@ -97,9 +97,9 @@ def trial(method: str, images: str, kills: int, seed: int) -> dict:
     """An undisturbed run, and one that is killed so often; both end in the current folder, which is new."""
     draw, steps = random.Random(seed), max(40, 4 * kills)
     run = dict(method=method, sim_weight=0.5, batch_size=16, accumulate=2, image_size=16, backbone="resnet_tiny")
-    run |= dict(steps=steps, checkpoint_every=1, log_every=3, eval_every=steps // 2)
+    run |= dict(steps=steps, checkpoint_every=1, log_every=3, eval_every=0)
     if images == "cached":
-        run |= dict(dataset="digits", split="train[:200]")
+        run |= dict(dataset="digits", split="train[:200]", eval_every=steps // 2)
     else:
         os.mkdir("large")
         large_digits("large")

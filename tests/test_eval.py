@@ -18,7 +18,7 @@ from eval import common
 from eval.knn import knn, knn_predict, knn_votes
 from eval.linear import choose_strength, fingerprint, fit_logistic, linear
 from eval.semi import balanced_part, semi
-from flags import UserError
+from flags import UserError, help_text
 from tests.test_data import folder, picture, table
 from train import pretrain
 
@@ -275,8 +275,8 @@ def test_it_is_a_command(run):
     )
     done = subprocess.run([*command, "--k", "3"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and last_line(run)["settings"]["k"] == 3
-    done = subprocess.run([*command[:3], "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert "--temperature       of the votes (0.1)" in done.stdout and "--run " in done.stdout
+    text = help_text(knn, "eval.knn")
+    assert "--temperature       of the votes (0.1)" in text and "--run " in text
 
 
 def test_two_processes_evaluate_as_one(run):
