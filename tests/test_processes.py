@@ -58,6 +58,7 @@ def test_two_processes_stop_together_and_go_on_as_if_nothing_had_been(place):
         assert {**one, "images_per_second": 0, "knn": 0} == {**two, "images_per_second": 0, "knn": 0}
 
 
+@pytest.mark.slow
 def test_a_stream_of_two_processes_goes_on(place):
     for shard in range(4):
         table(64).select(range(shard * 16, shard * 16 + 16)).to_parquet(place / f"{shard}.parquet")

@@ -69,3 +69,15 @@ def test_every_file_it_points_to_exists():
     root = Path(__file__).parent.parent
     for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert target.startswith("https://") or (root / target).exists(), target
+
+
+def test_every_test_that_is_promised_exists():
+    root = Path(__file__).parent.parent
+    promised = (root / "docs" / "trust.md").read_text()
+    names = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", promised)
+    assert len(names) >= 12
+    for file, name in names:
+        assert not name or f"def {name}(" in (root / "tests" / file).read_text(), (file, name)
+    everything = "".join(path.read_text() for path in (root / "tests").glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", promised):
+        assert f"def {name}(" in everything, name
