@@ -40,7 +40,7 @@ def value_and_gradients(kind, mixed, temperature, negatives_are, dtype=torch.flo
 
 
 @pytest.mark.parametrize("tile", [1, 5, 64])
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_tiles_give_the_value_and_the_gradients_of_the_whole(monkeypatch, case, tile):
     whole = value_and_gradients(*case)
     monkeypatch.setattr(bsim, "WHOLE", 0)
