@@ -4,10 +4,9 @@ A batch is a pure function of (seed, step, process), so a run can start at any s
 """
 
 import atexit
-import math
 import multiprocessing
 import signal
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -33,7 +32,10 @@ def _shuffled(n, *key):
     return torch.randperm(n, generator=generator(*key))
 
 
-_order = lru_cache(2)(_shuffled)  # of an epoch, which many batches ask for
+@lru_cache(2)  # many batches ask for it
+def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order of n rows in an epoch."""
+    return _shuffled(n, seed, ORDER, epoch)
 
 
 class Batches(torch.utils.data.Dataset):
@@ -57,7 +59,7 @@ class Batches(torch.utils.data.Dataset):
     def step_rows(self, step):
         """The rows of the whole batch of a step, over all processes and parts."""
         epoch, step = divmod(step, self.steps_per_epoch)
-        order = _order(len(self.source.rows), self.seed, ORDER, epoch)
+        order = epoch_order(len(self.source.rows), self.seed, epoch)
         return self.source.rows[order[step * self.batch_size : (step + 1) * self.batch_size]]
 
     def __getitem__(self, i):
@@ -215,25 +217,38 @@ class Feed:
         return a, b
 
 
-class _Whole(torch.utils.data.Dataset):
-    def __init__(self, images, rows, size, chunk):
-        self.images, self.parts, self.size = images, rows.split(chunk), size
+class _Made(torch.utils.data.Dataset):
+    def __init__(self, make):
+        self.make = make
 
     def __getitem__(self, i):
         try:
-            return self.images.whole(self.parts[i], self.size)
+            return self.make(i)
         except UserError as error:
-            return error
+            return error  # raised in a worker, it would arrive as a traceback
+
+
+def _as_it_is(item):
+    """For the DataLoader: arrays stay arrays, as every tensor that a worker sends takes an open file."""
+    return item
+
+
+def made(make, numbers, workers):
+    """make(i) for each i of `numbers`, by worker processes, in order. Raises UserError where `make` does."""
+    options = dict(batch_size=None, sampler=numbers, num_workers=workers)
+    for item in iterate(_Made(make), collate_fn=_as_it_is, **options):
+        if isinstance(item, UserError):
+            item.everywhere = False
+            raise item
+        yield item
+
+
+def _whole(images, parts, size, i):
+    return images.whole(parts[i], size)
 
 
 def whole_images(images, rows, size, *, workers=0, chunk=256):
     """(uint8 batch, which are good) of the images at `rows`, uncropped or centrally cropped, in order."""
-    parts = math.ceil(len(rows) / chunk)
-    workers = min(workers, parts) if images.in_workers else 0
-    for batch in DataLoader(
-        _Whole(images, rows, size, chunk), batch_size=None, sampler=range(parts), num_workers=workers
-    ):
-        if isinstance(batch, UserError):
-            batch.everywhere = False
-            raise batch
-        yield batch
+    parts = rows.split(chunk)
+    workers = min(workers, len(parts)) if images.in_workers else 0
+    return made(partial(_whole, images, parts, size), range(len(parts)), workers)

@@ -199,7 +199,8 @@ def _whole(rows, columns, temperature):
 
 
 def _tiles(x):
-    return range(0, len(x), TILE if x.device.type == "cpu" else GPU_TILE), TILE if x.device.type == "cpu" else GPU_TILE
+    size = TILE if x.device.type == "cpu" else GPU_TILE
+    return range(0, len(x), size), size
 
 
 class _SelfSpread(torch.autograd.Function):

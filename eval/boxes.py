@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -13,9 +12,8 @@ import numpy as np
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as run_lengths
-from torch.utils.data import Dataset
 
-from batches import CROP, ORDER, generator, iterate
+from batches import CROP, epoch_order, generator
 from flags import UserError, first_line, reading
 from images import decode
 
@@ -328,11 +326,6 @@ def average_precision(truth: dict, found: list[dict], kind: str = "bbox") -> dic
 # Batches.
 
 
-@lru_cache(2)
-def _order(n, seed, epoch):
-    return torch.randperm(n, generator=generator(seed, ORDER, epoch))
-
-
 class Batches:
     """The batch of a step of this process: images uint8 [H, W, 3] and their targets, half of them mirrored.
 
@@ -351,7 +344,7 @@ class Batches:
         """The rows of the whole batch of a step: epoch after epoch, each in an order of its own."""
         n = len(self.kept)
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return self.kept[[int(_order(n, self.seed, place // n)[place % n]) for place in places]]
+        return self.kept[[int(epoch_order(n, self.seed, place // n)[place % n]) for place in places]]
 
     def __call__(self, step: int):
         rows = self.step_rows(step).tolist()
@@ -372,29 +365,3 @@ class Batches:
             if self.masks:
                 target["masks"] = target["masks"][:, :, ::-1].copy()
         return image, target | {"boxes": boxes}
-
-
-class _Made(Dataset):
-    def __init__(self, make):
-        self.make = make
-
-    def __getitem__(self, i):
-        try:
-            return self.make(i)
-        except UserError as error:
-            return error  # raised in a worker, it would arrive as a traceback
-
-
-def _as_it_is(item):
-    """For the DataLoader: arrays stay arrays, as every tensor that a worker sends takes an open file."""
-    return item
-
-
-def made(make, numbers, workers):
-    """make(i) for each i of `numbers`, by worker processes, in order. Raises UserError where `make` does."""
-    options = dict(batch_size=None, sampler=numbers, num_workers=workers)
-    for item in iterate(_Made(make), collate_fn=_as_it_is, **options):
-        if isinstance(item, UserError):
-            item.everywhere = False
-            raise item
-        yield item

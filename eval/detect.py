@@ -20,8 +20,8 @@ from torch import nn
 import flags
 import guards
 import runs
-from batches import VIEW, generator
-from eval.boxes import Batches, Scenes, average_precision, made, open_scenes, picture, run_lengths
+from batches import VIEW, generator, made
+from eval.boxes import Batches, Scenes, average_precision, open_scenes, picture, run_lengths
 from eval.common import finish, load_backbone, start
 from eval.detector import detector
 from flags import UserError, first_line, one_of, progress
