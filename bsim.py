@@ -40,6 +40,11 @@ def _readable(tensor):
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def _to(x, like, dtype=None):
+    """x on the device of `like`. What comes from the host is not waited for: that would end all overlap."""
+    return x.to(like.device, dtype or x.dtype, non_blocking=x.device.type == "cpu")
+
+
 def _check_share(name, share, n):
     if share.shape != (n,) or not share.is_floating_point():
         raise ValueError(f"{name}: got {share.dtype} of shape {list(share.shape)}, want a float tensor of shape [{n}]")
@@ -64,7 +69,7 @@ def mixup(images: Tensor, weight: Tensor, partner: Tensor) -> Mixture:
     _check_images(images)
     _check_share("weight", weight, len(images))
     _check_partner(partner, len(images))
-    weight, partner = weight.to(images.device, torch.float32), partner.to(images.device)
+    weight, partner = _to(weight, images, torch.float32), _to(partner, images)
     share = weight.view(-1, 1, 1, 1)
     mixed = share * images + (1 - share) * images[partner]
     if not images.is_floating_point():
@@ -100,12 +105,12 @@ def cutmix(images: Tensor, share: Tensor, partner: Tensor, *, generator: torch.G
     area = (bottom - top).clamp(min=0) * (right - left).clamp(min=0)
     weight = (height * width - area).float() / (height * width)
 
-    box = torch.stack([top, bottom, left, right], 1).to(images.device)[:, :, None]
+    box = _to(torch.stack([top, bottom, left, right], 1), images)[:, :, None]
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     rows, columns = (y >= box[:, 0]) & (y < box[:, 1]), (x >= box[:, 2]) & (x < box[:, 3])
     inside = rearrange(rows, "n h -> n 1 h 1") & rearrange(columns, "n w -> n 1 1 w")
-    partner = partner.to(images.device)
-    return Mixture(torch.where(inside, images[partner], images), weight.to(images.device).expand(n), partner)
+    partner = _to(partner, images)
+    return Mixture(torch.where(inside, images[partner], images), _to(weight, images).expand(n), partner)
 
 
 def sample_mixture(
@@ -141,7 +146,7 @@ def sample_mixture(
     if kind == "cutmix":
         return cut
     blend = mixup(images, share.expand(n), partner)
-    coin = (uniform() < 0.5).to(images.device)
+    coin = _to(uniform() < 0.5, images)
     chosen = torch.where(coin.view(-1, 1, 1, 1), cut.images, blend.images)
     return Mixture(chosen, torch.where(coin, cut.weight, blend.weight), cut.partner)
 
@@ -176,7 +181,7 @@ def _pairing(weight, partner, like):
         return None
     _check_share("weight", weight, len(like))
     _check_partner(partner, len(like))
-    return weight.to(like.device, like.dtype), partner.to(like.device)
+    return _to(weight, like, like.dtype), _to(partner, like)
 
 
 def _unit(x):
@@ -453,7 +458,12 @@ class ViewRecipe(NamedTuple):
 
 
 def _column(parameter, images):
-    return parameter.to(images.device, images.dtype).view(-1, 1, 1, 1)
+    return _beside(parameter, images, images.dtype).view(-1, 1, 1, 1)
+
+
+def _beside(x, like, dtype=None):
+    """As `_to`, so that this section can be pasted alone."""
+    return x.to(like.device, dtype or x.dtype, non_blocking=x.device.type == "cpu")
 
 
 def random_crop_box(n, height, width, scale, ratio, *, generator) -> Tensor:
@@ -498,88 +508,167 @@ def _resampling(start, length, flip, source, target):
     return weight / weight.sum(-1, keepdim=True)
 
 
-def _apply(rows, images, columns):
-    """rows [N, h, H] @ images [N, C, H, W] @ columns [N, w, W] transposed: [N, C, h, w]."""
-    return rows[:, None] @ (images @ columns.mT[:, None])
+def _by_products(images, box, size, flip):
+    """As `resized_crop`, for accelerators: rows [N, size, H] @ images @ columns [N, size, W] transposed.
+
+    The result's memory is [N, size, C, size]: so both are plain batched products, and no matrix is copied.
+    """
+    n, channels, height, width = images.shape
+    box, flip = _beside(box, images, images.dtype)[:, :, None], _beside(flip, images)[:, None]
+    rows = _resampling(box[:, 0], box[:, 2], torch.zeros_like(flip), height, size)
+    columns = _resampling(box[:, 1], box[:, 3], flip, width, size)
+    found = rows @ images.transpose(1, 2).reshape(n, height, channels * width)
+    found = found.view(n, -1, width) @ columns.mT
+    return found.view(n, -1, channels, columns.shape[1]).transpose(1, 2)
+
+
+def _enlarged(images, box, size, flip):
+    """As `resized_crop` where nothing shrinks: the triangle is two pixels wide, and the box's border is repeated."""
+    box = box.to(images.dtype)
+    start, length = box[:, :2, None], box[:, 2:, None]
+    at = start + length * (torch.arange(size, device=box.device) + 0.5) / size
+    at = at.maximum(start + 0.5).minimum(start + length - 0.5)
+    y, x = (2 * at / box.new_tensor(images.shape[2:])[:, None] - 1).unbind(1)
+    x = torch.where(flip[:, None], x.flip(1), x)
+    grid = torch.stack([x[:, None].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], -1)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _one_by_one(images, box, size, flip):
+    found = images.new_empty(*images.shape[:2], size, size)
+    for one, image, (top, left, height, width), flipped in zip(found, images, box.tolist(), flip.tolist()):
+        cut = image[None, :, top : top + height, left : left + width]
+        cut = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
+        one.copy_(cut.flip(2) if flipped else cut)
+    return found
 
 
 def resized_crop(images: Tensor, box: Tensor, size: int, flip: Tensor | None = None) -> Tensor:
     """Cut `box` [N, 4] (top, left, height, width) out of each image, resize it to size x size, flip where `flip` [N].
 
-    Bilinear and antialiased, as two batched matrix products: images [N, C, H, W] float to [N, C, size, size].
+    Bilinear and antialiased: images [N, C, H, W] float to [N, C, size, size].
     """
-    box = box.to(images.device, images.dtype)[:, :, None]
     flip = torch.zeros(len(images), dtype=torch.bool) if flip is None else flip
-    flip = flip.to(images.device)[:, None]
-    rows = _resampling(box[:, 0], box[:, 2], torch.zeros_like(flip), images.shape[2], size)
-    columns = _resampling(box[:, 1], box[:, 3], flip, images.shape[3], size)
-    return _apply(rows, images, columns)
+    if box.device.type != "cpu" or images.device.type != "cpu":
+        return _by_products(images, box, size, flip)
+    enlarges = bool((box[:, 2:] <= size).all())
+    return (_enlarged if enlarges else _one_by_one)(images, box, size, flip)
 
 
 def grayscale(images: Tensor) -> Tensor:
     """Luma (ITU-R 601) in all three channels."""
-    red, green, blue = images.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None].expand_as(images)
+    return _luma(images).expand_as(images)
+
+
+def _luma(images):
+    red, green, blue = images.split(1, 1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Times `factor` [N], clipped to [0, 1]."""
-    return (images * _column(factor, images)).clamp(0, 1)
+    return (images * _column(factor, images)).clamp_(0, 1)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """From the mean luma of the image (factor 0) to the image (1) and beyond, clipped to [0, 1]."""
-    mean = grayscale(images)[:, :1].mean((2, 3), keepdim=True)
-    return torch.lerp(mean.expand_as(images), images, _column(factor, images)).clamp(0, 1)
+    factor, mean = _column(factor, images), _luma(images.mean((2, 3), keepdim=True))
+    return torch.addcmul((1 - factor) * mean, images, factor).clamp_(0, 1)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     """From the luma (factor 0) to the image (1) and beyond, clipped to [0, 1]."""
-    return torch.lerp(grayscale(images), images, _column(factor, images)).clamp(0, 1)
+    factor = _column(factor, images)
+    return torch.addcmul((1 - factor) * _luma(images), images, factor).clamp_(0, 1)
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by `shift` [N] of the colour circle, in HSV."""
-    red, green, blue = images.unbind(1)
-    value, low = images.amax(1), images.amin(1)
-    chroma = value - low
-    scaled = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
-    sector = torch.where(value == green, (blue - red) / scaled + 2, (red - green) / scaled + 4)
-    sector = torch.where(value == red, (green - blue) / scaled, sector)
-    k = (sector + 6 * _column(shift, images)[:, 0])[:, None] + images.new_tensor([5, 3, 1]).view(1, 3, 1, 1)
-    k = k.remainder(6)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    red, green, blue = images.split(1, 1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    # Which channel is the largest, as 0 or 1: on a CPU torch.where takes twenty times as long as a product.
+    is_red, is_green = (torch.eq(channel, value, out=torch.empty_like(value)) for channel in (red, green))
+    is_green *= 1 - is_red
+    is_blue = 1 - is_red - is_green
+    hue = is_red * (green - blue) + is_green * (blue - red) + is_blue * (red - green)
+    hue = hue / chroma.clamp(min=1e-30) + 2 * is_green + 4 * is_blue + 6 * _column(shift, images)
+    turned = torch.empty_like(images)
+    for channel, offset in zip(turned.split(1, 1), (3, 1, -1)):
+        k = hue + offset
+        k -= 6 * (k / 6).round_()
+        torch.addcmul(value, chroma, (2 - k.abs_()).clamp_(0, 1), value=-1, out=channel)
+    return turned
+
+
+def _by_convolutions(padded, taps):
+    """As `gaussian_blur`, for accelerators, of padded images and half a kernel each [N, radius + 1]."""
+    n, channels = padded.shape[:2]
+    kernel = torch.cat([taps.flip(1)[:, :-1], taps], 1).repeat_interleave(channels, 0)[:, None, None]
+    planes = padded.flatten(0, 1)[None]
+    for weight in (kernel, kernel.mT):
+        planes = F.conv2d(planes, weight, groups=n * channels)
+    return planes.view(n, channels, *planes.shape[2:])
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """A Gaussian of `sigma` [N] pixels, cut off at `radius` pixels, the border mirrored; radius < min(H, W)."""
-
-    def rows(size):
-        taps = torch.arange(radius + 2, device=images.device) / sigma.to(images.device, images.dtype)[:, None]
-        taps = torch.exp(-0.5 * taps**2)
-        taps[:, radius + 1] = 0  # where every pixel farther away looks its weight up
-        at = torch.arange(size, device=images.device)
-        before, after = at[:, None], at[None]
-        weight = taps[:, (before - after).abs().clamp(max=radius + 1)]
-        weight = weight + (after > 0) * taps[:, (before + after).clamp(max=radius + 1)]
-        mirrored = (2 * (size - 1) - before - after).clamp(max=radius + 1)
-        weight = weight + (after < size - 1) * taps[:, mirrored]
-        return weight / weight.sum(-1, keepdim=True)
-
-    return _apply(rows(images.shape[2]), images, rows(images.shape[3]))
+    if sigma.device.type == "cpu":  # beyond five sigma a millionth is left
+        radius = min(radius, 1 + int(5 * sigma.max()))
+    sigma = _beside(sigma, images, images.dtype)
+    taps = torch.exp(-0.5 * (torch.arange(radius + 1, device=images.device) / sigma[:, None]) ** 2)
+    taps = taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1])
+    padded = F.pad(images, [radius] * 4, mode="reflect")
+    if images.device.type != "cpu":
+        return _by_convolutions(padded, taps)
+    for dim in (2, 3):
+        size = images.shape[dim]
+        blurred = _column(taps[:, 0], images) * padded.narrow(dim, radius, size)
+        for away in range(1, radius + 1):
+            for start in (radius - away, radius + away):
+                blurred.addcmul_(_column(taps[:, away], images), padded.narrow(dim, start, size))
+        padded = blurred
+    return padded
 
 
 def solarize(images: Tensor) -> Tensor:
     """Invert what is at or above 0.5."""
-    return torch.where(images >= 0.5, 1 - images, images)
+    return torch.minimum(images, 1 - images)
 
 
 def _where(drawn, images, operation, *parameters):
     """Write operation(images, *parameters) over the images that drew it, and leave the others."""
     rows = drawn.nonzero().squeeze(1)
-    if len(rows):
-        there = rows.to(images.device)
-        images[there] = operation(images[there], *(p[rows] for p in parameters))
+    if len(rows) == len(images):
+        images.copy_(operation(images, *parameters))
+    elif len(rows):
+        there = _beside(rows, images)
+        images.index_copy_(0, there, operation(images.index_select(0, there), *(p[rows] for p in parameters)))
+
+
+def _render(out, images, box, flipped, turns, factors, gray, blurred, sigma, solarized, *, recipe):
+    """Write into `out` the view of each image that was drawn for it."""
+    if images.dtype != torch.float64:
+        images = images / 255 if images.dtype == torch.uint8 else images.float()
+    if images.shape == out.shape and recipe.scale == recipe.ratio == (1, 1):  # cropped before
+        view = images.clone()
+        _where(flipped, view, lambda part: part.flip(3))
+    else:
+        view = resized_crop(images, box, recipe.size, flipped)
+    for turn in turns.unbind(1):
+        for index, operation in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
+            _where(turn == index, view, operation, factors[:, index])
+    _where(gray, view, grayscale)
+    radius = recipe.size // 20
+    if radius:
+        _where(blurred, view, lambda part, sigma: gaussian_blur(part, sigma, radius), sigma)
+    _where(solarized, view, solarize)
+    mean, std = (view.new_tensor(v).view(1, 3, 1, 1) for v in (recipe.mean, recipe.std))
+    torch.sub(view, mean, out=out).mul_(1 / std)
+
+
+# Numbers of views that a CPU makes at once: what does not stay in its cache takes many times longer.
+CACHE = 1 << 19
 
 
 @torch.no_grad()
@@ -594,38 +683,27 @@ def make_view(images: Tensor, recipe: ViewRecipe, *, generator: torch.Generator)
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images: got {images.dtype}, want uint8, or float in [0, 1]")
     n, _, height, width = images.shape
-    if images.dtype != torch.float64:
-        images = images / 255 if images.dtype == torch.uint8 else images.float()
 
     def uniform(low=0.0, high=1.0, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=generator, device=generator.device)
 
+    box = random_crop_box(n, height, width, recipe.scale, recipe.ratio, generator=generator)
+    flipped = uniform() < recipe.flip
+    jittered, order = uniform() < recipe.jitter, uniform(0, 1, 4).argsort(1)
+    turns = torch.where(jittered[:, None], order, -1)
+    strengths = (recipe.brightness, recipe.contrast, recipe.saturation)
+    factors = [uniform(max(0.0, 1 - strength), 1 + strength) for strength in strengths]
+    factors.append(uniform(-recipe.hue, recipe.hue))
+    gray, blurred, sigma = uniform() < recipe.grayscale, uniform() < recipe.blur, uniform(*recipe.blur_sigma)
+    draws = (box, flipped, turns, torch.stack(factors, 1), gray, blurred, sigma, uniform() < recipe.solarize)
+
+    shape, dtype = (n, 3, recipe.size, recipe.size), torch.float64 if images.dtype == torch.float64 else torch.float32
+    views = torch.empty(shape, dtype=dtype, device=images.device)
+    parts = 1 if images.device.type != "cpu" else -(-views.numel() // (CACHE * torch.get_num_threads()))
     with torch.autocast(images.device.type, enabled=False):
-        box = random_crop_box(n, height, width, recipe.scale, recipe.ratio, generator=generator)
-        view = resized_crop(images, box, recipe.size, uniform() < recipe.flip)
-
-        jittered, order = uniform() < recipe.jitter, uniform(0, 1, 4).argsort(1)
-        jitter = [
-            (operation, uniform(max(0.0, 1 - strength), 1 + strength))
-            for operation, strength in (
-                (adjust_brightness, recipe.brightness),
-                (adjust_contrast, recipe.contrast),
-                (adjust_saturation, recipe.saturation),
-            )
-        ]
-        jitter.append((adjust_hue, uniform(-recipe.hue, recipe.hue)))
-        for turn in range(4):
-            for index, (operation, factor) in enumerate(jitter):
-                _where(jittered & (order[:, turn] == index), view, operation, factor)
-
-        _where(uniform() < recipe.grayscale, view, grayscale)
-        blurred, sigma, radius = uniform() < recipe.blur, uniform(*recipe.blur_sigma), recipe.size // 20
-        if radius:
-            _where(blurred, view, lambda part, sigma: gaussian_blur(part, sigma, radius), sigma)
-        _where(uniform() < recipe.solarize, view, solarize)
-
-        mean, std = (view.new_tensor(v).view(1, 3, 1, 1) for v in (recipe.mean, recipe.std))
-        return view.sub_(mean).div_(std)
+        for part in zip(*(x.chunk(parts) for x in (views, images, *draws))):
+            _render(*part, recipe=recipe)
+    return views
 
 
 if __name__ == "__main__":

@@ -260,3 +260,23 @@ def test_alignment_and_uniformity_are_wang_and_isolas():
         bsim.uniformity(x[:1])
     with pytest.raises(ValueError, match=r"want \[N, D\] twice"):
         bsim.alignment(x, y[:3])
+
+
+def test_what_accelerators_compute_is_what_a_cpu_computes():
+    x, flips = images(), torch.tensor([False, True] * 3)
+    boxes = bsim.random_crop_box(6, 40, 52, (0.2, 1), (3 / 4, 4 / 3), generator=generator())
+    for size in (16, 70):
+        wanted = bsim.resized_crop(x, boxes, size, flips)
+        torch.testing.assert_close(bsim._by_products(x, boxes, size, flips), wanted, rtol=0, atol=1e-5)
+    sigma, radius = torch.linspace(0.1, 2, 6), 11
+    taps = torch.exp(-0.5 * (torch.arange(radius + 1) / sigma[:, None]) ** 2)
+    taps = taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1])
+    found = bsim._by_convolutions(torch.nn.functional.pad(x, [radius] * 4, mode="reflect"), taps)
+    torch.testing.assert_close(found, bsim.gaussian_blur(x, sigma, radius), rtol=0, atol=1e-5)
+
+
+def test_views_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
+    x, recipe = images(9), ViewRecipe(40, solarize=0.3)
+    wanted = make_view(x, recipe, generator=generator(3))
+    monkeypatch.setattr(bsim, "CACHE", 2 * 3 * 40 * 40)
+    torch.testing.assert_close(make_view(x, recipe, generator=generator(3)), wanted, rtol=0, atol=1e-5)
