@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flags import UserError, reading
-from images import bad_row, crop_pairs, decode, mark
+from images import bad_row, crops, mark, stacked
 
 ORDER, CROP, VIEW, SPLIT = range(4)  # what a generator is for: keeps the streams of draws apart
 BLOCK = 1000  # rows of a stream that are shuffled together, at least
@@ -130,7 +130,7 @@ class StreamBatches(IterableDataset):
         info = get_worker_info()
         worker = info.id if info else 0
         reader, i = (self.start + worker) % self.readers, self.start + worker
-        place = self.places[reader]
+        place, draws = self.places[reader], generator(self.seed, CROP, i, self.rank)
         images, bad, used, last_good = [], [], place.used, place.epoch
         for block_place, block in self.blocks(reader, place):
             if block_place.epoch > last_good + 1:
@@ -140,7 +140,7 @@ class StreamBatches(IterableDataset):
             for j in order[used:]:
                 place = place._replace(used=place.used + 1)
                 try:
-                    images.append(decode(block[j]))
+                    images.append(crops(block[j], self.recipes, draws))
                 except ValueError as error:
                     if not self.skip_bad:
                         raise bad_row(f"{j} after row {place.row} of a shard", "the stream", error) from None
@@ -148,9 +148,9 @@ class StreamBatches(IterableDataset):
                     continue
                 last_good = place.epoch
                 if len(images) == self.part_size:
-                    pair = crop_pairs(images, self.recipes, generator(self.seed, CROP, i, self.rank))
-                    yield *pair, bad, reader, place
+                    yield *stacked(images), bad, reader, place
                     images, bad, i = [], [], i + self.readers
+                    draws = generator(self.seed, CROP, i, self.rank)
             used = 0
         raise UserError("the stream has no rows for this process; use fewer processes or workers")
 

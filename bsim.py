@@ -573,13 +573,13 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """From the mean luma of the image (factor 0) to the image (1) and beyond, clipped to [0, 1]."""
     factor, mean = _column(factor, images), _luma(images.mean((2, 3), keepdim=True))
-    return torch.addcmul((1 - factor) * mean, images, factor).clamp_(0, 1)
+    return (images * factor).add_((1 - factor) * mean).clamp_(0, 1)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     """From the luma (factor 0) to the image (1) and beyond, clipped to [0, 1]."""
     factor = _column(factor, images)
-    return torch.addcmul((1 - factor) * _luma(images), images, factor).clamp_(0, 1)
+    return (images * factor).add_((1 - factor) * _luma(images)).clamp_(0, 1)
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
@@ -648,6 +648,7 @@ def _where(drawn, images, operation, *parameters):
 
 def _render(out, images, box, flipped, turns, factors, gray, blurred, sigma, solarized, *, recipe):
     """Write into `out` the view of each image that was drawn for it."""
+    images = images.contiguous()
     if images.dtype != torch.float64:
         images = images / 255 if images.dtype == torch.uint8 else images.float()
     if images.shape == out.shape and recipe.scale == recipe.ratio == (1, 1):  # cropped before

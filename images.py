@@ -2,20 +2,24 @@
 
 import io
 import zlib
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, Features, Value
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from bsim import ViewRecipe, random_crop_box
 from flags import UserError
 
 SMALL = 64  # images whose longer side is at most this are decoded once, and cached
 PIXELS = 100_000_000  # an image that claims more is refused before it is decoded
+ORIENTATION = ExifTags.Base.Orientation
 DECODER = 1  # raise when `to_rgb` or the cache's layout changes: cached pixels of another version are not used
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,11 +43,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def decode(record: dict) -> Image.Image:
     """A row's {"bytes", "path"} as an RGB image; any way in which that can fail is a ValueError."""
+    with _opened(record) as (image, _):
+        return to_rgb(image)
+
+
+@contextmanager
+def _opened(record):
+    """(the image, of which only the header is read, and its file); what is met inside becomes a ValueError."""
     try:
         with _open(record) as file, Image.open(file) as image:
             if image.width * image.height > PIXELS:
                 raise ValueError(f"claims {image.width} x {image.height} pixels")
-            return to_rgb(image)
+            yield image, file
     except Exception as error:  # a broken file can raise anything, from SyntaxError to struct.error
         reason = "cannot identify image file" if "cannot identify" in str(error) else str(error) or type(error).__name__
         raise ValueError(reason) from error
@@ -184,14 +195,14 @@ class LargeImages:
         found, bad = [], []
         for row in rows.tolist():
             for other in count(row):
-                image = self._image(other % len(self))
-                if not isinstance(image, UserError):
+                try:
+                    found.append(crops(self.table[other % len(self)]["image"], recipes, generator))
                     break
+                except ValueError as error:
+                    if not self.skip_bad or other == row + len(self):
+                        raise bad_row(other % len(self), self.split, error) from None
                 bad.append(f"{self.split} {other % len(self)}")
-                if other == row + len(self):
-                    raise image
-            found.append(image)
-        return *crop_pairs(found, recipes, generator), bad
+        return *stacked(found), bad
 
 
 def class_numbers(labels: list) -> torch.Tensor:
@@ -200,16 +211,39 @@ def class_numbers(labels: list) -> torch.Tensor:
     return torch.tensor(list(numbers), dtype=torch.int64)
 
 
-def crop_pairs(images, recipes, generator):
-    """Two random-resized crops of each PIL image: uint8 [N, 3, size, size], twice."""
-    crops = ([], [])
-    for image in images:
-        for side, recipe in zip(crops, recipes):
-            box = random_crop_box(1, image.height, image.width, recipe.scale, recipe.ratio, generator=generator)
-            top, left, height, width = box[0].tolist()
-            crop = image.crop((left, top, left + width, top + height))
-            side.append(_pixels(crop.resize((recipe.size, recipe.size), Image.Resampling.BILINEAR)))
-    return tuple(torch.stack(side) for side in crops)
+def crops(record, recipes, generator):
+    """A random-resized crop of a row's image for each recipe, uint8 [1, 3, size, size]; a ValueError as `decode`'s.
+
+    A JPEG is decoded once, and at the smallest of its own scales (a half, a quarter, an eighth) that has no crop
+    enlarged which would not be anyway.
+    """
+    with _opened(record) as (image, file):
+        plain = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1
+        image = image if plain else to_rgb(image)
+        boxes = [
+            random_crop_box(1, image.height, image.width, recipe.scale, recipe.ratio, generator=generator)[0].tolist()
+            for recipe in recipes
+        ]
+        spare = min(min(box[2:]) // recipe.size for box, recipe in zip(boxes, recipes))
+        shrink = next(scale for scale in (8, 4, 2, 1) if scale <= max(1, spare * plain))
+        if plain and shrink == 1:
+            pixels = decode_jpeg(
+                torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), mode=ImageReadMode.RGB
+            )
+        else:
+            image.draft("RGB", (image.width // shrink, image.height // shrink))
+            pixels = _pixels(image)
+        found = []
+        for (top, left, height, width), recipe in zip(boxes, recipes):
+            bottom, right = -((-top - height) // shrink), -((-left - width) // shrink)
+            cut = pixels[None, :, top // shrink : bottom, left // shrink : right]
+            found.append(F.interpolate(cut, (recipe.size, recipe.size), mode="bilinear", antialias=True))
+        return found
+
+
+def stacked(found):
+    """What `crops` made of each image, as uint8 [N, 3, size, size] for each recipe."""
+    return tuple(torch.cat(side) for side in zip(*found))
 
 
 def after_crop(recipe: ViewRecipe) -> ViewRecipe:

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 import data
 import images
@@ -70,15 +72,45 @@ def test_large_batches_start_anywhere_and_are_the_same_with_workers(place, worke
     assert not torch.equal(whole[0][0], whole[0][1]) and not torch.equal(whole[0][0], whole[3][0])
 
 
+def record(*picture, **options):
+    return {"bytes": encoded(*picture, **options), "path": None}
+
+
 def test_workers_crop_as_the_device_would(place):
-    """A PIL crop of a large image against the core's of the same box."""
+    """A worker's crop of a large image against the core's of the same box."""
     from bsim import random_crop_box, resized_crop
 
     image = picture(4, 90, 120)
-    a, _ = images.crop_pairs([image], RECIPES, generator(1))
-    box = random_crop_box(1, 90, 120, RECIPES[0].scale, RECIPES[0].ratio, generator=generator(1))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-    assert float((resized_crop(pixels, box, 16) - a / 255).abs().max()) < 2 / 255
+    for kind, size in (("PNG", 16), ("JPEG", 64)):  # a JPEG at its own scale: 64 is more than half of any side
+        recipes = [recipe._replace(size=size) for recipe in RECIPES]
+        a, _ = images.crops(record(image, kind), recipes, generator(1))
+        box = random_crop_box(1, 90, 120, RECIPES[0].scale, RECIPES[0].ratio, generator=generator(1))
+        pixels = np.array(images.decode(record(image, kind)))
+        pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+        assert float((resized_crop(pixels, box, size) - a / 255).abs().max()) < 2 / 255
+
+
+def test_a_large_jpeg_is_decoded_at_a_smaller_scale_that_no_crop_notices(monkeypatch):
+    smooth = picture(4, 12, 16).resize((640, 480), Image.Resampling.BICUBIC)
+    asked = []
+    draft = JpegImageFile.draft
+    monkeypatch.setattr(JpegImageFile, "draft", lambda *a: asked.append(draft(*a)) or asked[-1])
+    close, whole = RECIPES[0]._replace(scale=(0.01, 0.01)), RECIPES[0]._replace(scale=(1, 1))
+    for recipes, shrinks in (((whole, whole), True), ((whole, close), True), ((close, close._replace(size=64)), False)):
+        asked.clear()
+        found = images.crops(record(smooth, "JPEG", quality=95), recipes, generator(1))
+        wanted = images.crops(record(smooth, "PNG"), recipes, generator(1))
+        assert bool(asked) == shrinks
+        for one, other in zip(found, wanted):
+            assert float((one.float() - other.float()).abs().mean()) < 3
+
+
+def test_a_jpeg_that_lies_on_its_side_is_cropped_upright():
+    image, turn = picture(4, 90, 120), Image.Exif()
+    turn[0x0112] = 6
+    found = images.crops(record(image, "JPEG", quality=100, exif=turn), RECIPES, generator(1))
+    wanted = images.crops(record(image.rotate(-90, expand=True), "PNG"), RECIPES, generator(1))
+    assert all(float((a.float() - b.float()).abs().mean()) < 4 for a, b in zip(found, wanted))
 
 
 def test_generators_depend_on_every_number():
@@ -166,8 +198,8 @@ def test_a_stream_goes_on_without_what_it_skips(place, monkeypatch):
     opened, decoded = [], []
     shard = type(source.train).shard
     monkeypatch.setattr(type(source.train), "shard", lambda self, n, i, **k: opened.append(i) or shard(self, n, i, **k))
-    decode = images.decode
-    monkeypatch.setattr("batches.decode", lambda record: decoded.append(1) or decode(record))
+    crops = images.crops
+    monkeypatch.setattr("batches.crops", lambda *given: decoded.append(1) or crops(*given))
     again = feed(source, start=14, places=stream.places, part_size=4)
     next(again)
     order = torch.randperm(16, generator=generator(2, ORDER, 0)).tolist()
