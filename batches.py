@@ -190,8 +190,8 @@ def iterate(dataset, **options):
 class Feed:
     """An iterator over this process's pairs of uint8 batches, which `workers` processes, or this one, make.
 
-    `bad` are the unreadable images that were left out, `places` where a stream's readers stand. Raises UserError where
-    an image cannot be read.
+    `bad` are the unreadable images that were left out, `places` where a stream's readers stand, `ahead` how many
+    batches wait at most. Raises UserError where an image cannot be read.
     """
 
     def __init__(self, batches: Batches | StreamBatches, start: int, stop: int, workers: int, pin: bool):
@@ -200,6 +200,7 @@ class Feed:
         options |= {} if streams else dict(sampler=range(start, stop))
         self.made, self.bad = iterate(batches, **options), set(batches.source.bad)
         self.places = list(batches.places) if streams else None
+        self.ahead = 2 * workers  # DataLoader's prefetch_factor
 
     def __iter__(self):
         return self

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import data
+import dry_run
 import flags
 import runs
 from flags import UserError, first_line, nearest, one_of
@@ -32,6 +33,10 @@ def read(given: dict, defaults: dict) -> tuple[dict, Path | None]:
         folder = Path(given["out"] if given["resume"] is True else given["resume"]).expanduser()
         if given["resume"] is True and not (folder / "config.json").exists():
             folder = None  # --resume --out DIR: the same command starts a run and, after a kill, goes on with it
+    if folder and given["dry_run"] is not None:
+        raise UserError(
+            f"--dry_run {given['dry_run']}: times a new run, and --resume goes on with {folder}; drop --resume"
+        )
     if folder:
         if given["out"] is not None and Path(given["out"]).expanduser() != folder:
             raise UserError(f"--out {given['out']}: a run goes on in its own folder; drop --out, or drop --resume")
@@ -90,6 +95,7 @@ def check(s: dict) -> None:
         ),
         "from 0 to 4294967295": (lambda v: 0 <= v < 2**32, "seed"),
         "8 or more": (lambda v: v >= 8, "image_size"),
+        f"{dry_run.LEAST} or more": (lambda v: v >= dry_run.LEAST, "dry_run"),
     }
     flags.in_range(s, ranges)
     if s["streaming"] and s["steps"] is None:
@@ -122,6 +128,8 @@ def resolve(s: dict, source: data.Source, method_file, device: str, world: int):
     if s["steps"] is None:
         s["epochs"] = s["epochs"] or 50
         s["steps"] = s["epochs"] * s["steps_per_epoch"]
+    if s["dry_run"] and s["steps"] < dry_run.LEAST:
+        raise UserError(f"--dry_run {s['dry_run']}: the run has {s['steps']} steps; want {dry_run.LEAST} or more")
     if s["eval_every"] is None:
         s["eval_every"] = max(1, s["steps"] // 10)
     if s["workers"] is None:

@@ -16,6 +16,7 @@ from timm.optim import Lars
 from torch import nn
 
 import data
+import dry_run as dry
 import guards
 import pictures
 import runs
@@ -77,7 +78,8 @@ def pretrain(
     checkpoint_every: int = 1000,
     keep: int = 2,
     log_with: str | None = None,
-) -> Path:
+    dry_run: int | None = None,
+) -> Path | None:
     """Pretrain a backbone with SIM, BSIM or both. Leaves a run folder; defaults stand in brackets.
 
     What is learned
@@ -132,6 +134,8 @@ def pretrain(
       checkpoint_every: steps between checkpoints; there is always one at the end
       keep: checkpoints to keep
       log_with: tensorboard, wandb or trackio beside metrics.jsonl
+      dry_run: time so many steps of this run, print memory, images/s and the run's hours;
+        leaves nothing
     """
     given = dict(locals())
     s, folder = settings.read(given, dict(zip(given, pretrain.__defaults__)))
@@ -187,31 +191,68 @@ def pretrain(
     def evaluate(features):
         return knn_accuracy(accelerator, source, features, image_size=s["image_size"], workers=s["workers"])
 
-    if source.queries and s["eval_every"] and not start:
+    if source.queries and s["eval_every"] and not start and not s["dry_run"]:
         baselines = {"knn_pixels": evaluate(pixels), "knn_random": evaluate(bare.backbone)}
         say(
             "k-NN before training: raw pixels {knn_pixels:.1f} %, random network {knn_random:.1f} %".format(**baselines)
         )
 
     # The run folder.
-    if accelerator.is_main_process:
-        folder = folder or runs.create(s["out"], s["method"], s["dataset"])
-        runs.cut_metrics(folder, start)
-        runs.write_json(folder / "config.json", {**s, "out": str(folder), "versions": runs.versions()})
-    folder = peers.folder = Path(broadcast_object_list([str(folder)])[0])
-    if s["log_with"]:
-        accelerator.project_configuration.logging_dir = str(folder)
-        plain = {k: v for k, v in s.items() if isinstance(v, (int, float, str, bool))}
-        accelerator.init_trackers("bsim", plain)
+    if not s["dry_run"]:
+        if accelerator.is_main_process:
+            folder = folder or runs.create(s["out"], s["method"], s["dataset"])
+            runs.cut_metrics(folder, start)
+            runs.write_json(folder / "config.json", {**s, "out": str(folder), "versions": runs.versions()})
+        folder = peers.folder = Path(broadcast_object_list([str(folder)])[0])
+        if s["log_with"]:
+            accelerator.project_configuration.logging_dir = str(folder)
+            plain = {k: v for k, v in s.items() if isinstance(v, (int, float, str, bool))}
+            accelerator.init_trackers("bsim", plain)
     say(
         f"{s['method']} on {s['dataset']}: {source.images or 'a stream of'} images of {s['image_size']} pixels, "
         f"{s['backbone']}, {s['steps']} steps of {s['batch_size']} on {world} x {accelerator.device.type}, "
-        f"sim_weight {s['sim_weight']:g} -> {folder}"
+        f"sim_weight {s['sim_weight']:g} -> {folder or 'nothing, a dry run'}"
     )
 
     batches, feed = _batches(source, recipes, s, part, start, places, accelerator)
     if source.rows is None or source.train.in_workers:  # cropped by the workers
         recipes = tuple(after_crop(recipe) for recipe in recipes)
+
+    def train_step(step):
+        """Take step `step`; returns the losses of its last part, and adds those of all to `window`."""
+        for group in optimizer.param_groups:
+            group["lr"] = s["peak_lr"] if group["constant"] else _lr(step, s)
+        for micro in range(s["accumulate"]):
+            pair = next(feed)
+            draws = generator(s["seed"], VIEW, step * s["accumulate"] + micro, rank)
+            a, b = (
+                make_view(images.to(accelerator.device, non_blocking=True), recipe, generator=draws)
+                for images, recipe in zip(pair, recipes)
+            )
+            mixture = None
+            if s["sim_weight"] < 1:
+                views = torch.cat([a, b], 1) if bare.both_views else a
+                rule = dict(kind=s["mix"], alpha=s["alpha"], per_sample=s["per_sample"])
+                mixture = sample_mixture(views, **rule, generator=draws)
+            if step == 0 and micro == 0 and accelerator.is_main_process and not s["dry_run"]:
+                shown = pair[0] if source.rows is None else source.train.whole(batches.rows(0)[:8], s["image_size"])[0]
+                pictures.draw_views(folder / "views.png", shown, a, b, mixture, recipes)
+            with accelerator.accumulate(model):
+                losses = model(a, b, mixture, s["sim_weight"] > 0)
+                loss = _objective(losses, s["sim_weight"])
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            _add(window, loss=loss, sim=losses.sim, bsim=losses.bsim)
+        bare.after_step((step + 1) / s["steps"])
+        return losses
+
+    if s["dry_run"]:
+        with peers:
+            found = dry.measure(train_step, accelerator, s)
+        accelerator.end_training()
+        say(dry.report(found, bare, accelerator.device.type, feed.ahead, s))
+        return None
 
     # The loop.
     bar = progress(s["steps"], start=start, shown=accelerator.is_main_process)
@@ -219,34 +260,8 @@ def pretrain(
     with guards.asked_to_stop() as asked, guards.leaves_nothing(folder, start), peers:
         stop_asked = agreement(asked)
         for step in range(start, s["steps"]):
-            for group in optimizer.param_groups:
-                group["lr"] = s["peak_lr"] if group["constant"] else _lr(step, s)
-            for micro in range(s["accumulate"]):
-                pair = next(feed)
-                draws = generator(s["seed"], VIEW, step * s["accumulate"] + micro, rank)
-                a, b = (
-                    make_view(images.to(accelerator.device, non_blocking=True), recipe, generator=draws)
-                    for images, recipe in zip(pair, recipes)
-                )
-                mixture = None
-                if s["sim_weight"] < 1:
-                    views = torch.cat([a, b], 1) if bare.both_views else a
-                    rule = dict(kind=s["mix"], alpha=s["alpha"], per_sample=s["per_sample"])
-                    mixture = sample_mixture(views, **rule, generator=draws)
-                if step == 0 and micro == 0 and accelerator.is_main_process:
-                    shown = (
-                        pair[0] if source.rows is None else source.train.whole(batches.rows(0)[:8], s["image_size"])[0]
-                    )
-                    pictures.draw_views(folder / "views.png", shown, a, b, mixture, recipes)
-                with accelerator.accumulate(model):
-                    losses = model(a, b, mixture, s["sim_weight"] > 0)
-                    loss = _objective(losses, s["sim_weight"])
-                    accelerator.backward(loss)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                _add(window, loss=loss, sim=losses.sim, bsim=losses.bsim)
+            losses = train_step(step)
             done = step + 1
-            bare.after_step(done / s["steps"])
 
             last = done == s["steps"]
             evaluates = source.queries and s["eval_every"] and (last or done % s["eval_every"] == 0)
