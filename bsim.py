@@ -232,13 +232,14 @@ class _SelfSpread(torch.autograd.Function):
     def backward(ctx, grad):
         (x, sums), (starts, size) = ctx.saved_tensors, _tiles(ctx.saved_tensors[0])
         share, found = grad / sums, torch.zeros_like(x)
-        for i in starts:
-            for j in starts[i // size :]:
-                e = _exponentials(x[i : i + size], x[j : j + size], ctx.bound, i == j)
-                e *= share[i : i + size, None] + share[j : j + size]
-                found[i : i + size].addmm_(e, x[j : j + size])
-                if i != j:
-                    found[j : j + size].addmm_(e.T, x[i : i + size])
+        with _exact(x):
+            for i in starts:
+                for j in starts[i // size :]:
+                    e = _exponentials(x[i : i + size], x[j : j + size], ctx.bound, i == j)
+                    e *= share[i : i + size, None] + share[j : j + size]
+                    found[i : i + size].addmm_(e, x[j : j + size])
+                    if i != j:
+                        found[j : j + size].addmm_(e.T, x[i : i + size])
         return found, None
 
 
@@ -261,14 +262,15 @@ class _Spread(torch.autograd.Function):
         (x, y, sums), scale, (starts, size) = ctx.saved_tensors, ctx.scale, _tiles(ctx.saved_tensors[1])
         share, of_x = scale * grad / sums, torch.zeros_like(x)
         of_y = torch.zeros_like(y) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(x), size):
-            for j in starts:
-                unit = _unit(y[j : j + size])
-                e = _exponentials(scale * x[i : i + size], unit, scale)
-                e *= share[i : i + size, None]
-                of_x[i : i + size].addmm_(e, unit)
-                if of_y is not None:
-                    of_y[j : j + size].addmm_(e.T, x[i : i + size])
+        with _exact(x):
+            for i in range(0, len(x), size):
+                for j in starts:
+                    unit = _unit(y[j : j + size])
+                    e = _exponentials(scale * x[i : i + size], unit, scale)
+                    e *= share[i : i + size, None]
+                    of_x[i : i + size].addmm_(e, unit)
+                    if of_y is not None:
+                        of_y[j : j + size].addmm_(e.T, x[i : i + size])
         return of_x, of_y, None
 
 
