@@ -114,14 +114,21 @@ def cutmix(images: Tensor, share: Tensor, partner: Tensor, *, generator: torch.G
 
 
 def sample_mixture(
-    images: Tensor, *, kind: str = "cutmix", alpha: float = 1.0, per_sample: bool = True, generator: torch.Generator
+    images: Tensor,
+    *,
+    kind: str = "cutmix",
+    alpha: float = 1.0,
+    per_sample: bool = True,
+    partner: Tensor | None = None,
+    generator: torch.Generator,
 ) -> Mixture:
     """Draw partners and shares, and mix: shares from Beta(alpha, alpha), partners on one random cycle of the batch.
 
     images: [N, C, H, W]. kind: "cutmix", "mixup" or "either" (a fair coin). per_sample: one share (and box, and coin)
     an image, or one for the whole batch. A cycle never pairs an image with itself (N > 1): the idea is to mix two
-    *different* images. To mix two views alike, stack them along the channels. Raises ValueError for another kind,
-    alpha <= 0, or another shape.
+    *different* images. partner: [N] int64, a permutation, in place of the cycle; all else is drawn as without it. To
+    mix two views alike, stack them along the channels. Raises ValueError for another kind, alpha <= 0, another shape,
+    or a partner that is no permutation.
     """
     _check_images(images)
     if kind not in ("cutmix", "mixup", "either"):
@@ -129,13 +136,16 @@ def sample_mixture(
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha: got {alpha}, want a number above 0")
     n, device = len(images), generator.device
+    if partner is not None:
+        _check_partner(partner, n)
 
     def uniform():
         return torch.rand(n if per_sample else 1, generator=generator, device=device, dtype=torch.float64)
 
-    order = torch.randperm(n, generator=generator, device=device)
-    partner = torch.empty_like(order)
-    partner[order] = order.roll(1)
+    order = torch.randperm(n, generator=generator, device=device)  # for a given partner too: the rest is drawn alike
+    if partner is None:
+        partner = torch.empty_like(order)
+        partner[order] = order.roll(1)
     # Beta(alpha, alpha) from two uniforms and no rejection: 1/2 + t / 2 sqrt(1 + t^2), where t sqrt(2 alpha) follows
     # Student's law of 2 alpha degrees of freedom, drawn by Bailey's polar method (Math. Comp. 62, 1994).
     u, cosine = uniform().pow(1 / alpha), torch.cos(2 * math.pi * uniform())
@@ -349,15 +359,17 @@ def info_nce(
     *,
     weight: Tensor | None = None,
     partner: Tensor | None = None,
+    in_batch: bool = False,
 ) -> Tensor:
     """MoCo's loss (He et al., 2020, equation 1); with `weight` and `partner`, its joint-similarity form.
 
     queries: [N, D] float, embeddings of the first views, or of the mixtures where `weight` is given. keys: [N, D], of
     the second views. negatives: [K, D], the queue. weight: [N] float in [0, 1]. partner: [N] int64, a permutation.
-    Nothing need be normalised; keys and negatives get no gradient.
+    in_batch: the batch's other keys are candidates too. Nothing need be normalised; keys and negatives get no gradient.
 
     The mean over n of w_n l(m_n, b_n) + (1 - w_n) l(m_n, b_p(n)), with
-    l(q, k) = -log(e^(q.k/t) / (e^(q.k/t) + sum over negatives e^(q.neg/t))).
+    l(q, k) = -log(e^(q.k/t) / (e^(q.k/t) + sum over negatives e^(q.neg/t))),
+    whose denominator with `in_batch` is the sum over all N keys and the negatives (i-Mix; Lee et al., 2021).
     Scalar, float32 or float64. Raises ValueError for other shapes or ranges.
     """
     _check_embeddings(queries=queries, keys=keys)
@@ -367,9 +379,11 @@ def info_nce(
         queries, keys = _unit(queries), _unit(keys.detach())
         pairing = _pairing(weight, partner, queries)
         elsewhere = _spread(queries, negatives.detach(), temperature)
+        everywhere = torch.logaddexp(elsewhere, _spread(queries, keys, temperature)) if in_batch else None
 
         def each(keys):  # l, one a row: -log sigmoid(positive - log-sum-exp of the negatives)
-            return -F.logsigmoid((queries * keys).sum(1) / temperature - elsewhere)
+            positive = (queries * keys).sum(1) / temperature
+            return everywhere - positive if in_batch else -F.logsigmoid(positive - elsewhere)
 
         if pairing is None:
             return each(keys).mean()

@@ -151,6 +151,7 @@ def pretrain(
     with accelerator.local_main_process_first():
         source = data.open_source(**{name: s[name] for name in names})
     method_file = METHODS[s["method"]]
+    draw_mixture = getattr(method_file, "sample_mixture", sample_mixture)
     set_seed(s["seed"])
     network = settings.resolve(s, source, method_file, accelerator.device.type, world)
     part = s["batch_size"] // (world * s["accumulate"])
@@ -233,7 +234,7 @@ def pretrain(
             if s["sim_weight"] < 1:
                 views = torch.cat([a, b], 1) if bare.both_views else a
                 rule = dict(kind=s["mix"], alpha=s["alpha"], per_sample=s["per_sample"])
-                mixture = sample_mixture(views, **rule, generator=draws)
+                mixture = draw_mixture(views, **rule, generator=draws)
             if step == 0 and micro == 0 and accelerator.is_main_process and not s["dry_run"]:
                 shown = pair[0] if source.rows is None else source.train.whole(batches.rows(0)[:8], s["image_size"])[0]
                 pictures.draw_views(folder / "views.png", shown, a, b, mixture, recipes)

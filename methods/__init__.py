@@ -7,6 +7,10 @@ Method(backbone, **head settings)                     an nn.Module, called as me
                                                       `both_views`: whether the mixture stacks a and b as channels;
                                                       `batch_norm`: sync, shuffle or local over several processes;
                                                       `after_step(progress)`: what follows an optimiser step
+
+and may have
+
+sample_mixture(views, *, kind, alpha, per_sample, generator) -> Mixture    in place of the core's
 """
 
 import methods.byol

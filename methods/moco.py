@@ -51,20 +51,27 @@ class Method(nn.Module):
         self.fresh = []
 
     def forward(self, a, b, mixture=None, sim=True):
-        with torch.no_grad():
-            k = deal_back(self.key_encoder(deal(b))) if self.batch_norm == "shuffle" else self.key_encoder(b)
-            k = F.normalize(k.float(), dim=1)
-        sim_loss = bsim_loss = None
+        k, sim_loss, bsim_loss = self.keys(b), None, None
         if sim:
-            q = self.projector(self.backbone(a))  # q = f_q(x^q)
+            q = self.queries(a)
             sim_loss = info_nce(q, k, self.queue, self.temperature)
         if mixture:
-            q = self.projector(self.backbone(mixture.images))
-            _, weight, partner = mixture
-            bsim_loss = info_nce(q, k, self.queue, self.temperature, weight=weight, partner=partner)
+            q = self.queries(mixture.images)
+            bsim_loss = self.mixed_loss(q, k, mixture.weight, mixture.partner)
         if self.training:
             self.fresh.append(k)  # queued after the step: backward still needs the queue as it was
         return Losses(sim_loss, bsim_loss, q)
+
+    def queries(self, x):
+        return self.projector(self.backbone(x))  # q = f_q(x^q)
+
+    @torch.no_grad()
+    def keys(self, x):
+        k = deal_back(self.key_encoder(deal(x))) if self.batch_norm == "shuffle" else self.key_encoder(x)
+        return F.normalize(k.float(), dim=1)
+
+    def mixed_loss(self, q, k, weight, partner):
+        return info_nce(q, k, self.queue, self.temperature, weight=weight, partner=partner)
 
     @torch.no_grad()
     def after_step(self, progress):

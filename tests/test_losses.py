@@ -23,6 +23,8 @@ GOLDEN = [
         nt_xent_bsim_negatives=2.18316928,
         info_nce_sim=0.85816412,
         info_nce_bsim=1.44723437,
+        info_nce_sim_in_batch=1.1554597,
+        info_nce_bsim_in_batch=1.98494331,
         negative_cosine_sim=-0.64722123,
         negative_cosine_bsim=-0.23247943,
     ),
@@ -36,6 +38,8 @@ GOLDEN = [
         nt_xent_bsim_negatives=4.46539981,
         info_nce_sim=0.54011668,
         info_nce_bsim=2.15541339,
+        info_nce_sim_in_batch=0.58129225,
+        info_nce_bsim_in_batch=3.45875782,
         negative_cosine_sim=-0.50770059,
         negative_cosine_bsim=-0.21995403,
     ),
@@ -49,6 +53,8 @@ GOLDEN = [
         nt_xent_bsim_negatives=2.92537208,
         info_nce_sim=0.89768478,
         info_nce_bsim=1.73392184,
+        info_nce_sim_in_batch=1.15901307,
+        info_nce_bsim_in_batch=2.30927278,
         negative_cosine_sim=-0.46217158,
         negative_cosine_bsim=-0.23211963,
     ),
@@ -69,6 +75,8 @@ def all_losses(a, b, negatives, temperature, weight, partner):
         nt_xent_bsim_negatives=nt_xent(a, b, temperature, **pairing, negatives=negatives),
         info_nce_sim=info_nce(a, b, negatives, temperature),
         info_nce_bsim=info_nce(a, b, negatives, temperature, **pairing),
+        info_nce_sim_in_batch=info_nce(a, b, negatives, temperature, in_batch=True),
+        info_nce_bsim_in_batch=info_nce(a, b, negatives, temperature, **pairing, in_batch=True),
         negative_cosine_sim=negative_cosine(a, b),
         negative_cosine_bsim=negative_cosine(a, b, **pairing),
     )
@@ -125,6 +133,14 @@ def loop_info_nce(a, b, t, w, p, negatives):
     return sum(w[i] * term(a[i], b[i]) + (1 - w[i]) * term(a[i], b[p[i]]) for i in range(n)) / n
 
 
+def loop_info_nce_in_batch(a, b, t, w, p, negatives):
+    total = 0.0
+    for i, query in enumerate(a):
+        log_sum = math.log(sum(math.exp(cosine(query, k) / t) for k in b + negatives))
+        total += w[i] * (log_sum - cosine(query, b[i]) / t) + (1 - w[i]) * (log_sum - cosine(query, b[p[i]]) / t)
+    return total / len(a)
+
+
 def loop_negative_cosine(a, b, w, p):
     n = len(a)
     return -sum(w[i] * cosine(a[i], b[i]) + (1 - w[i]) * cosine(a[i], b[p[i]]) for i in range(n)) / n
@@ -151,6 +167,8 @@ def test_definitions_term_by_term(batch):
     assert float(found["nt_xent_bsim"]) == pytest.approx(loop_nt_xent(la, lb, t, w, p, []), **close)
     assert float(found["nt_xent_bsim_negatives"]) == pytest.approx(loop_nt_xent(la, lb, t, w, p, lz), **close)
     assert float(found["info_nce_bsim"]) == pytest.approx(loop_info_nce(la, lb, t, w, p, lz), **close)
+    in_batch = loop_info_nce_in_batch(la, lb, t, w, p, lz)
+    assert float(found["info_nce_bsim_in_batch"]) == pytest.approx(in_batch, **close)
     assert float(found["negative_cosine_bsim"]) == pytest.approx(loop_negative_cosine(la, lb, w, p), **close)
 
 
@@ -163,6 +181,7 @@ def test_weight_one_is_the_plain_loss_bit_for_bit(batch, dtype):
     for name in ("nt_xent", "info_nce", "negative_cosine"):
         assert torch.equal(found[f"{name}_sim"], found[f"{name}_bsim"]), name
     assert torch.equal(nt_xent(a, b, t, negatives=negatives), found["nt_xent_bsim_negatives"])
+    assert torch.equal(found["info_nce_sim_in_batch"], found["info_nce_bsim_in_batch"])
 
 
 @settings(max_examples=50, deadline=None)
@@ -201,6 +220,7 @@ def test_gradients_are_those_of_finite_differences():
             (partial(nt_xent, temperature=0.3, **extra), (a, b)),
             (lambda a, b, z, extra=extra: nt_xent(a, b, 0.3, negatives=z, **extra), (a, b, negatives)),
             (lambda a, extra=extra: info_nce(a, b, negatives, 0.3, **extra), (a,)),
+            (lambda a, extra=extra: info_nce(a, b, negatives, 0.3, **extra, in_batch=True), (a,)),
             (lambda a, extra=extra: negative_cosine(a, b, **extra), (a,)),
         ]
         for loss, inputs in losses:
@@ -211,8 +231,9 @@ def test_no_gradient_reaches_keys_targets_or_queue():
     a, b, negatives, weight, partner = small_batch()
     for x in (a, b, negatives):
         x.requires_grad_()
-    loss = info_nce(a, b, negatives, weight=weight, partner=partner) + negative_cosine(a, b)
-    loss.backward()
+    pairing = dict(weight=weight, partner=partner)
+    loss = info_nce(a, b, negatives, **pairing) + info_nce(a, b, negatives, **pairing, in_batch=True)
+    (loss + negative_cosine(a, b)).backward()
     assert a.grad.abs().sum() > 0 and b.grad is None and negatives.grad is None
 
 
@@ -225,6 +246,13 @@ def test_a_key_that_no_mixture_holds_adds_nothing():
     assert float(value.detach()) == pytest.approx(wanted)
     value.backward()
     assert a.grad.isfinite().all()
+
+
+def test_in_batch_alone_has_the_whole_batch_as_candidates():
+    a, b, negatives, _, _ = small_batch()
+    # What repels a query is the other keys and the queue: the same as a queue that holds those keys.
+    each = [info_nce(a[n : n + 1], b[n : n + 1], torch.cat([b[:n], b[n + 1 :], negatives])) for n in range(4)]
+    torch.testing.assert_close(info_nce(a, b, negatives, in_batch=True), sum(each) / 4)
 
 
 def test_extreme_inputs_stay_finite():

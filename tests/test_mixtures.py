@@ -104,6 +104,24 @@ def test_partners_are_one_random_cycle_and_never_oneself():
 
 
 @pytest.mark.parametrize("kind", ["cutmix", "mixup", "either"])
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_a_given_partner_changes_the_partner_alone(kind, per_sample):
+    images, partner = torch.rand(6, 3, 8, 8, generator=generator()), torch.tensor([0, 2, 1, 5, 3, 4])
+    draws = [generator(1) for _ in range(3)]
+    rule = dict(kind=kind, per_sample=per_sample)
+    cycled, given = (sample_mixture(images, **rule, partner=p, generator=g) for p, g in zip((None, partner), draws))
+    assert torch.equal(given.partner, partner) and torch.equal(given.weight, cycled.weight)
+    assert torch.equal(torch.rand(3, generator=draws[0]), torch.rand(3, generator=draws[1]))
+    # The cycle that is drawn, given, is the mixture that is drawn.
+    again = sample_mixture(images, **rule, partner=cycled.partner, generator=draws[2])
+    assert all(torch.equal(x, y) for x, y in zip(again, cycled))
+    for n in range(6):
+        blend = given.weight[n] * images[n] + (1 - given.weight[n]) * images[partner[n]]
+        pasted = (given.images[n] == images[n]) | (given.images[n] == images[partner[n]])
+        assert torch.allclose(given.images[n], blend) or (kind != "mixup" and pasted.all())
+
+
+@pytest.mark.parametrize("kind", ["cutmix", "mixup", "either"])
 def test_one_share_for_the_batch(kind):
     images = torch.rand(8, 3, 16, 16, generator=generator())
     seen = set()
@@ -158,6 +176,7 @@ def test_randomness_is_the_generator_alone():
         (lambda x, p: cutmix(x, torch.rand(4), p * 0, generator=generator()), r"permutation of range\(4\)"),
         (lambda x, p: cutmix(x, torch.tensor(-0.1), p, generator=generator()), r"share: got values from -0.1"),
         (lambda x, p: sample_mixture(x, kind="cutout", generator=generator()), r"kind: got 'cutout', want 'cutmix'"),
+        (lambda x, p: sample_mixture(x, partner=p * 0, generator=generator()), r"permutation of range\(4\)"),
         (lambda x, p: sample_mixture(x, alpha=0, generator=generator()), r"alpha: got 0, want a number above 0"),
     ],
 )

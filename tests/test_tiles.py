@@ -25,6 +25,7 @@ def cases():
             yield "nt_xent", mixed, temperature, "kept"  # negatives that want a gradient
             yield "nt_xent", mixed, temperature, "held"
             yield "info_nce", mixed, temperature, "held"
+            yield "info_nce in_batch", mixed, temperature, "held"
 
 
 def value_and_gradients(kind, mixed, temperature, negatives_are, dtype=torch.float64):
@@ -34,7 +35,7 @@ def value_and_gradients(kind, mixed, temperature, negatives_are, dtype=torch.flo
     if kind == "nt_xent":
         loss = nt_xent(a, b, temperature, negatives=negatives if negatives_are else None, **options)
     else:
-        loss = info_nce(a, b, negatives, temperature, **options)
+        loss = info_nce(a, b, negatives, temperature, **options, in_batch="in_batch" in kind)
     (3 * loss).backward()
     return [loss.detach(), *(x.grad for x in (a, b, negatives) if x.grad is not None)]
 
@@ -103,8 +104,9 @@ def test_memory_grows_with_n_and_the_queue_is_not_copied():
     for options in (dict(), dict(weight=torch.rand(2048), partner=torch.randperm(2048))):
         assert saved_numbers(lambda options=options: nt_xent(a, b, 0.2, **options)) < 16 * a.numel()  # 4096^2 is 256 x
     queue, queries = torch.randn(65536, 32), torch.randn(64, 32, requires_grad=True)
-    kept = saved_numbers(lambda: info_nce(queries, torch.randn(64, 32), queue, 0.2))
-    assert kept < queue.numel() + 16 * 64 * 32  # the queue itself, and no logits (64 x 65536 is twice the queue)
+    for in_batch in (False, True):
+        kept = saved_numbers(lambda x=in_batch: info_nce(queries, torch.randn(64, 32), queue, 0.2, in_batch=x))
+        assert kept < queue.numel() + 16 * 64 * 32  # the queue itself, and no logits (64 x 65536 is twice the queue)
 
 
 def test_tiles_compile_without_a_graph_break(monkeypatch):
