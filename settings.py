@@ -72,7 +72,7 @@ def check(s: dict) -> None:
         one_of("optimizer", s["optimizer"], OPTIMIZERS)
     if s["batch_norm"] is not None:
         one_of("batch_norm", s["batch_norm"], ("sync", "shuffle", "local"))
-        if s["batch_norm"] == "shuffle" and METHODS[s["method"]].Method.batch_norm != "shuffle":
+        if s["batch_norm"] == "shuffle" and getattr(METHODS[s["method"]].Method, "batch_norm", "sync") != "shuffle":
             raise UserError(f"--batch_norm shuffle: only moco has keys to shuffle; {s['method']} takes sync or local")
     if s["mixed_precision"] is not None:
         one_of("mixed_precision", s["mixed_precision"], ("no", "fp16", "bf16"))

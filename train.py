@@ -219,6 +219,8 @@ def pretrain(
     if source.rows is None or source.train.in_workers:  # cropped by the workers
         recipes = tuple(after_crop(recipe) for recipe in recipes)
 
+    to_device = _mover(accelerator.device)
+
     def train_step(step):
         """Take step `step`; returns the losses of its last part, and adds those of all to `window`."""
         for group in optimizer.param_groups:
@@ -226,10 +228,7 @@ def pretrain(
         for micro in range(s["accumulate"]):
             pair = next(feed)
             draws = generator(s["seed"], VIEW, step * s["accumulate"] + micro, rank)
-            a, b = (
-                make_view(images.to(accelerator.device, non_blocking=True), recipe, generator=draws)
-                for images, recipe in zip(pair, recipes)
-            )
+            a, b = (make_view(to_device(images), recipe, generator=draws) for images, recipe in zip(pair, recipes))
             mixture = None
             if s["sim_weight"] < 1:
                 views = torch.cat([a, b], 1) if bare.both_views else a
@@ -353,8 +352,11 @@ def _optimizer(model, s):
         dict(params=params, constant=fixed, weight_decay=s["weight_decay"] * decayed, always_adapt=adapts and decayed)
         for (decayed, fixed), params in groups.items()
     ]
-    kinds = {"sgd": torch.optim.SGD, "lars": Lars, "adamw": torch.optim.AdamW}
-    return kinds[s["optimizer"]](groups, lr=s["peak_lr"], **({} if s["optimizer"] == "adamw" else {"momentum": 0.9}))
+    if s["optimizer"] == "lars":
+        return Lars(groups, lr=s["peak_lr"], momentum=0.9)
+    if s["optimizer"] == "sgd":
+        return torch.optim.SGD(groups, lr=s["peak_lr"], momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=s["peak_lr"], fused=True)
 
 
 def _lr(step, s):
@@ -385,6 +387,22 @@ def _batches(source, recipes, s, part, start, places, accelerator):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In the loop.
+
+
+def _mover(device):
+    """A function that moves a batch to `device`; on a GPU while the last step is still computed."""
+    if device.type != "cuda":
+        return lambda images: images.to(device, non_blocking=True)
+    copies = torch.cuda.Stream()
+
+    def move(images):
+        with torch.cuda.stream(copies):
+            moved = images.to(device, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(copies)
+        moved.record_stream(torch.cuda.current_stream())  # else its memory could be given away before it is used
+        return moved
+
+    return move
 
 
 def _objective(losses, sim_weight):

@@ -4,24 +4,36 @@
     python benchmarks/study.py --dataset DIR --out runs/study --jobs 2 --grids length mixtures siblings --best simclr
 
 A finished cell is not run again and a broken one goes on where it was, so the same command ends what was interrupted.
-What follows -- are flags of every run, in the place of the study's own.
+Leaves the runs, results.jsonl with a line a cell, findings.md and uniformity.png (which findings.py makes again from
+results.jsonl alone), and eval.compare's tables and charts in compare-NUMBER. What follows -- are flags of every run, in
+the place of the study's own.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from queue import Queue
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from findings import MORE_PASSES, draw, report  # noqa: E402
 
-from eval.common import read_results  # noqa: E402
+import data  # noqa: E402
+import runs  # noqa: E402
+from eval.common import Backbone, Task, read_results, write_result  # noqa: E402
+from eval.compare import compare, results_of  # noqa: E402
+from eval.linear import from_features  # noqa: E402
+from runs import config_of, write  # noqa: E402
 
 METHODS = ("simclr", "moco", "byol", "simsiam")
 WEIGHTS = (1.0, 0.5, 0.0)
@@ -30,8 +42,6 @@ SIZES = {
     "small": {"split": "train[:5000]", "backbone": "resnet_tiny", "epochs": 30, "mixed_precision": "bf16"},
     "full": {"backbone": "resnet18", "epochs": 200, "mixed_precision": "bf16"},
 }
-# Encoder passes of an image in a step, SIM and half SIM, half BSIM (methods/*.py): what the half pays more.
-MORE_PASSES = {"simclr": 3 / 2, "moco": 3 / 2, "byol": 6 / 4, "simsiam": 4 / 2}
 PROTOCOLS = ("knn", "linear", "geometry")
 
 
@@ -52,7 +62,11 @@ def cells_of(grid: str, best: str, epochs: int) -> list[dict]:
         plain = [{"temperature": k["temperature"], "sim_weight": 1.0} for k in kinds if "temperature" in k]
         return [{"method": best, **both, **kind} for kind in kinds] + [{"method": best, **kind} for kind in plain]
     if grid == "siblings":
-        return [{"method": m, **both} for m in SIBLINGS]
+        # Each with the mixture that it published; i-Mix publishes its term alone. Ours with either beside them.
+        kinds = [("imix", "mixup"), ("unmix", "either"), ("mixco", "mixup"), ("keymix", "cutmix")]
+        kinds += [("moco", "mixup"), ("moco", "either")]
+        found = [{"method": m, **both, "mix": mix} for m, mix in kinds]
+        return [*found, {"method": "imix", "sim_weight": 0.0, "mix": "mixup"}]
     raise ValueError(grid)
 
 
@@ -64,11 +78,11 @@ def name_of(cell: dict) -> str:
     return "-".join(words)
 
 
-def run(words: list[str], log: Path, threads: int, gpu) -> None:
+def run(words: list[str], log: Path, threads: int, gpu=None, place: Path = ROOT) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
     with open(log, "a") as file:
-        done = subprocess.run([sys.executable, *words], env=environment, stdout=file, stderr=file, cwd=ROOT)
+        done = subprocess.run([sys.executable, *words], env=environment, stdout=file, stderr=file, cwd=place)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}: ended with {done.returncode}; {log} says why")
 
@@ -93,6 +107,62 @@ def train_and_judge(cell: dict, folder: Path, options, more: dict, gpu) -> None:
         run([*program[protocol], "--run", str(folder)], log, options.threads, gpu)
     if time.time() - start > 1:
         print(f"{folder.name}: {time.time() - start:.0f} s", flush=True)
+
+
+def without_training(out: Path, options, more: dict) -> None:
+    """Judge random networks and raw pixels, each in a folder of its own, by the protocols that apply."""
+    flags = {k: v for k, v in (SIZES[options.size] | more).items() if k in ("split", "eval_split")}
+    for seed in options.seeds:
+        folder = out / f"random-seed{seed}"
+        folder.mkdir(exist_ok=True)
+        judged = {line["protocol"] for line in read_results(folder)}
+        words = flags_of(
+            {"run": SIZES[options.size]["backbone"], "image_size": 32, "dataset": options.dataset, **flags}
+        )
+        for protocol in [p for p in PROTOCOLS if p not in judged]:
+            log = out / f"{folder.name}.log"
+            run(["-m", f"eval.{protocol}", *words, "--seed", str(seed)], log, options.threads, None, folder)
+    pixels = out / "pixels-seed0"
+    pixels.mkdir(exist_ok=True)
+    if not read_results(pixels):
+        knn = next(line for line in read_results(folder) if line["protocol"] == "knn")
+        settings = {"run": "pixels", "protocol": "features", "workers": 0, "seed": 0}
+        parts = data.open_labelled(options.dataset, **flags, seed=0)
+        network = Backbone(torch.nn.Flatten(), "pixels", 32, pixels, {})
+        metrics = from_features(Task(Accelerator(cpu=True), network, *parts, settings))
+        write_result(pixels, "linear", options.dataset, settings, metrics)
+        write_result(pixels, "knn", options.dataset, settings, {"top1": knn["metrics"]["pixels_top1"]})
+
+
+def line_of(folder: Path) -> dict:
+    """What results.jsonl holds of a cell: its settings and every number that was measured of it."""
+    metrics = {f"{label} {k}": v for label, (_, of) in results_of(folder).items() for k, v in of.items()}
+    if not (folder / "config.json").exists():
+        method, seed = folder.name.split("-seed")
+        return {"cell": folder.name, "settings": {"method": method, "seed": int(seed)}, "metrics": metrics}
+    settings = {k: v for k, v in config_of(folder).items() if k not in ("given", "out", "resume", "dataset")}
+    return {"cell": folder.name, "settings": settings, "metrics": metrics}
+
+
+def conclude(out: Path, options) -> None:
+    """results.jsonl of every finished cell there is; the findings; eval.compare's tables of the methods, by length."""
+    folders = sorted(path.parent for path in out.glob("*-seed*/results.jsonl"))
+    lines = [line_of(folder) for folder in folders]
+    write(out / "results.jsonl", lambda file: file.write_text("".join(json.dumps(x) + "\n" for x in lines)))
+    text = report(lines)
+    write(out / "findings.md", lambda file: file.write_text(text))
+    write(out / "uniformity.png", lambda file: draw(file, lines))
+    print(text)
+    usual = {name_of(cell).rsplit("-e", 1)[0] for cell in cells_of("methods", options.best, 1)}
+    for epochs in sorted({line["settings"]["epochs"] for line in lines if line["settings"].get("sim_weight") == 1}):
+        names = [line["cell"] for line in lines if line["cell"].partition("-seed")[0].endswith(f"-e{epochs}")]
+        names = [name for name in names if name.rsplit("-e", 1)[0] in usual]
+        number = next(i for i in count(1) if not (out / f"compare-{i:03d}").exists())
+        compare(
+            runs=",".join(str(out / name) for name in names),
+            metrics="knn top1,linear features top1,geometry uniformity,geometry embedding_uniformity",
+            out=str(out / f"compare-{number:03d}"),
+        )
 
 
 def main():
@@ -134,6 +204,8 @@ def main():
     ]
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, cells))
+    without_training(out, options, more)
+    conclude(out, options)
 
 
 if __name__ == "__main__":

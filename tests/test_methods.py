@@ -10,6 +10,7 @@ from torch import nn
 from bsim import Mixture, info_nce, negative_cosine, nt_xent, sample_mixture
 from methods import METHODS
 from methods.networks import backbone, cosine, mlp, moving_average
+from settings import LOOP
 
 N, D = 8, 12
 SCALE = dict(image_size=8, width=D, steps=100, images=64)
@@ -33,7 +34,7 @@ class Counting(nn.Module):
 def build(name, **change):
     torch.manual_seed(0)
     defaults = METHODS[name].defaults(**SCALE) | change
-    heads = {k: v for k, v in defaults.items() if k not in ("optimizer", "lr", "weight_decay", "warmup_epochs")}
+    heads = {k: v for k, v in defaults.items() if k not in LOOP}
     return METHODS[name].Method(Counting(), **heads)
 
 
@@ -243,3 +244,24 @@ def test_files_are_as_short_as_the_design_asks():
 
     for name, module in METHODS.items():
         assert 40 <= len(Path(module.__file__).read_text().splitlines()) <= 90, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_compiles_without_a_graph_break(name, monkeypatch):
+    monkeypatch.setattr("bsim.WHOLE", 0)  # the losses by tiles, which are the harder ones
+    torch._dynamo.reset()
+    heads = {k: v for k, v in METHODS[name].defaults(**SCALE).items() if k not in LOOP}
+    method = METHODS[name].Method(backbone("resnet_tiny", 16), **heads)
+    compiled = torch.compile(method, fullgraph=True, backend="aot_eager")
+    found = []
+    for model in (method, compiled):
+        torch.manual_seed(0)
+        a, b = torch.randn(2, 8, 3, 16, 16)
+        views = torch.cat([a, b], 1) if method.both_views else a
+        losses = model(a, b, sample_mixture(views, generator=torch.Generator().manual_seed(1)), True)
+        method.zero_grad()
+        (losses.sim + losses.bsim).backward()
+        found.append([losses.sim, losses.bsim, *(p.grad for p in method.parameters() if p.grad is not None)])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

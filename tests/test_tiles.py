@@ -121,3 +121,13 @@ def test_tiles_compile_without_a_graph_break(monkeypatch):
     torch.testing.assert_close(compiled(a, b, negatives), both(a, b, negatives))
     wanted = torch.autograd.grad(both(a, b, negatives), (a, b))
     torch.testing.assert_close(torch.autograd.grad(compiled(a, b, negatives), (a, b)), wanted)
+
+
+def test_a_backward_pass_under_autocast_is_as_exact(monkeypatch):
+    monkeypatch.setattr(bsim, "WHOLE", 0)
+    for kind in ("nt_xent", "info_nce"):
+        wanted = value_and_gradients(kind, True, 0.5, "held", torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = value_and_gradients(kind, True, 0.5, "held", torch.float32)
+        for one, other in zip(found, wanted):
+            assert torch.equal(one, other)

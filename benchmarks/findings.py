@@ -1,0 +1,193 @@
+"""What the study's cells say: means over seeds, differences from SIM with their intervals, uniformity against accuracy.
+
+    python benchmarks/findings.py benchmarks/results/small.jsonl --out runs/findings
+
+The file is what benchmarks/study.py leaves: a line a cell.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from matplotlib.figure import Figure  # noqa: E402
+from scipy.stats import spearmanr  # noqa: E402
+
+from eval.common import table  # noqa: E402
+from eval.compare import paired, spread  # noqa: E402
+from pictures import BOTH, BSIM, SIM  # noqa: E402
+
+METRICS = {
+    "knn top1": "k-NN",
+    "linear features top1": "linear",
+    "geometry uniformity": "uniformity",
+    "geometry embedding_uniformity": "of embeddings",
+    "geometry alignment": "alignment",
+}
+JUDGED = ("knn top1", "linear features top1")
+SETTINGS = ("method", "sim_weight", "epochs", "mix", "alpha", "per_sample", "temperature")
+# Encoder passes of an image in a step: what half SIM, half BSIM pays more than SIM (methods/*.py).
+MORE_PASSES = {"simclr": 3 / 2, "moco": 3 / 2, "byol": 6 / 4, "simsiam": 4 / 2}
+MARKS = {"simclr": "o", "moco": "s", "byol": "^", "simsiam": "D"}
+
+
+def groups_of(lines: list[dict]) -> dict:
+    """{settings: {metric: {seed: value}}}: cells that differ in the seed alone."""
+    groups = {}
+    for line in lines:
+        group = groups.setdefault(tuple(line["settings"].get(k) for k in SETTINGS), {})
+        for metric, value in line["metrics"].items():
+            group.setdefault(metric, {})[line["settings"]["seed"]] = value
+    return groups
+
+
+def plain_of(settings: dict, groups: dict, epochs: int, temperature) -> tuple | None:
+    """The group of plain SIM to compare `settings` with; a sibling's is MoCo's."""
+    method = settings["method"] if settings["method"] in MORE_PASSES else "moco"
+    for other in groups:
+        found = dict(zip(SETTINGS, other))
+        if (found["method"], found["sim_weight"], found["epochs"]) == (method, 1, epochs):
+            if temperature in (None, found["temperature"]):
+                return other
+    return None
+
+
+def words_of(settings: dict) -> list[str]:
+    """A row's head: method, sim_weight, what of the mixture is not the default, epochs."""
+    usual = {"mix": "cutmix", "alpha": 1.0, "per_sample": True}
+    other = [f"{k} {settings[k]}" for k, v in usual.items() if settings[k] != v and settings["sim_weight"] < 1]
+    return [settings["method"], f"{settings['sim_weight']:g}", ", ".join(other), str(settings["epochs"])]
+
+
+def difference(one: dict, two: dict, metric: str) -> str:
+    found = paired(one.get(metric, {}), two.get(metric, {}))
+    if found is None:
+        return ""
+    if found["low"] is None:
+        return f"{found['difference']:+.1f} (one seed)"
+    return f"{found['difference']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
+
+
+def means(groups: dict, chosen, versus=None) -> str:
+    """A row a group of `chosen`: means ± standard deviations, and the differences from the group that `versus` names."""
+    rows = []
+    for group in chosen:
+        settings, values = dict(zip(SETTINGS, group)), groups[group]
+        row = words_of(settings)
+        for metric in METRICS:
+            found = spread(values[metric].values()) if metric in values else None
+            digits = 1 if metric in JUDGED else 2
+            deviation = f" ± {found['std']:.{digits}f}" if found and found["std"] is not None else ""
+            row.append(f"{found['mean']:.{digits}f}{deviation}" if found else "")
+        row.append(str(max(len(of) for of in values.values())))
+        other = versus and versus(settings)
+        row += [difference(groups[other], values, metric) if other and other != group else "" for metric in JUDGED]
+        rows.append(row)
+    head = ["method", "sim_weight", "mixture", "epochs", *METRICS.values(), "seeds", "k-NN - SIM", "linear - SIM"]
+    return table(rows, head)
+
+
+def ranks(lines: list[dict]) -> str:
+    """Spearman's rank correlation of uniformity with accuracy over cells: of each method, and of all."""
+    rows = []
+    own = [line for line in lines if line["settings"]["method"] in MORE_PASSES]
+    for method in [*MORE_PASSES, "all"]:
+        cells = [line["metrics"] for line in own if method in (line["settings"]["method"], "all")]
+        row = [method, str(len(cells))]
+        for uniformity in ("geometry uniformity", "geometry embedding_uniformity"):
+            for metric in JUDGED:
+                pairs = [(c[uniformity], c[metric]) for c in cells if uniformity in c and metric in c]
+                found = spearmanr(*zip(*pairs)) if len(pairs) > 3 else None
+                row.append(f"{found.statistic:+.2f} (p {found.pvalue:.2g})" if found else "")
+        rows.append(row)
+    of = [f"{METRICS[m]}, {u}" for u in ("of features", "of embeddings") for m in JUDGED]
+    return table(rows, ["method", "cells", *of])
+
+
+def draw(path: Path, lines: list[dict]) -> None:
+    """Accuracy against uniformity: of the backbone's features and of the projector's embeddings, a mark a cell."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, metric in zip(axes, ("geometry uniformity", "geometry embedding_uniformity")):
+        for line in lines:
+            method, weight, values = line["settings"]["method"], line["settings"]["sim_weight"], line["metrics"]
+            if method in MARKS and metric in values:
+                colour = SIM if weight == 1 else BSIM if weight == 0 else BOTH
+                axis.plot(values[metric], values["knn top1"], MARKS[method], color=colour, markersize=5, alpha=0.7)
+        axis.set_xlabel(f"uniformity {METRICS[metric] if 'embedding' in metric else 'of features'} (lower: more even)")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("k-NN top-1 (%)")
+    shown = [axes[1].plot([], [], "o", color=c, label=n)[0] for c, n in ((SIM, "SIM"), (BOTH, "both"), (BSIM, "BSIM"))]
+    shown += [axes[1].plot([], [], mark, color="gray", label=name)[0] for name, mark in MARKS.items()]
+    figure.legend(handles=shown, loc="outside lower center", ncols=7, frameon=False)
+    figure.savefig(path, format="png", dpi=110)
+
+
+def report(lines: list[dict]) -> str:
+    """Every table, as Markdown."""
+    baselines = [line for line in lines if line["settings"]["method"] in ("pixels", "random")]
+    lines = [line for line in lines if line not in baselines]
+    groups = groups_of(lines)
+    as_settings = {group: dict(zip(SETTINGS, group)) for group in groups}
+    order = list(MORE_PASSES)
+
+    def usual(s):
+        return (s["mix"], s["alpha"], s["per_sample"]) == ("cutmix", 1.0, True) and s["method"] in order
+
+    def sort(chosen):
+        def key(group):
+            s = as_settings[group]
+            place = order.index(s["method"]) if s["method"] in order else 9
+            return place, s["method"], s["epochs"], -s["sim_weight"], str(group)
+
+        return sorted(chosen, key=key)
+
+    def same_steps(s):
+        return plain_of(s, groups, s["epochs"], s["temperature"] if s["method"] in order else None)
+
+    def same_passes(s):
+        return plain_of(s, groups, round(s["epochs"] * MORE_PASSES[s["method"]]), s["temperature"])
+
+    lengths = {as_settings[g]["epochs"] for g in groups if as_settings[g]["sim_weight"] == 1}
+    plain = [g for g, s in as_settings.items() if usual(s) and s["epochs"] in lengths]
+    halves = [g for g, s in as_settings.items() if usual(s) and 0 < s["sim_weight"] < 1 and same_passes(s)]
+    text = ["### SIM, both and BSIM, at equal steps", means(groups, sort(plain), same_steps)]
+    if baselines:
+        rows = []
+        for name in ("pixels", "random"):
+            seen = [line["metrics"] for line in baselines if line["settings"]["method"] == name]
+            columns = [[c[metric] for c in seen if metric in c] for metric in METRICS]
+            rows.append([name, *(f"{sum(v) / len(v):.1f}" if v else "" for v in columns), str(len(seen))])
+        text += ["### Without training", table(rows, ["", *METRICS.values(), "seeds"])]
+    if halves:
+        text += ["### Both against SIM, at equal encoder passes", means(groups, sort(halves), same_passes)]
+    others = [g for g, s in as_settings.items() if not usual(s) and s["method"] in order and s["sim_weight"] < 1]
+    if others:
+        text += ["### Other mixtures", means(groups, sort(others), same_steps)]
+    siblings = [g for g, s in as_settings.items() if s["method"] not in order]
+    if siblings:
+        text += ["### Siblings, against MoCo's SIM", means(groups, sort(siblings), same_steps)]
+    text += ["### Does accuracy follow uniformity? Spearman's rank correlation over cells", ranks(lines)]
+    return "\n\n".join(text) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results")
+    parser.add_argument("--out", help="a folder for findings.md and uniformity.png")
+    options = parser.parse_args()
+    lines = [json.loads(line) for line in Path(options.results).read_text().splitlines()]
+    text = report(lines)
+    print(text)
+    if options.out:
+        out = Path(options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "findings.md").write_text(text)
+        draw(out / "uniformity.png", lines)
+
+
+if __name__ == "__main__":
+    main()
