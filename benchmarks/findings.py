@@ -72,7 +72,7 @@ def difference(one: dict, two: dict, metric: str) -> str:
 
 
 def means(groups: dict, chosen, versus=None) -> str:
-    """A row a group of `chosen`: means ± standard deviations, and the differences from the group that `versus` names."""
+    """A row a group of `chosen`: mean ± standard deviation, and the difference from the group that `versus` names."""
     rows = []
     for group in chosen:
         settings, values = dict(zip(SETTINGS, group)), groups[group]

@@ -29,7 +29,6 @@ from accelerate import Accelerator  # noqa: E402
 from findings import MORE_PASSES, draw, report  # noqa: E402
 
 import data  # noqa: E402
-import runs  # noqa: E402
 from eval.common import Backbone, Task, read_results, write_result  # noqa: E402
 from eval.compare import compare, results_of  # noqa: E402
 from eval.linear import from_features  # noqa: E402
