@@ -113,7 +113,7 @@ def draw(path: Path, lines: list[dict]) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     for axis, metric in zip(axes, ("geometry uniformity", "geometry embedding_uniformity")):
         for line in lines:
-            method, weight, values = line["settings"]["method"], line["settings"]["sim_weight"], line["metrics"]
+            method, weight, values = line["settings"]["method"], line["settings"].get("sim_weight"), line["metrics"]
             if method in MARKS and metric in values:
                 colour = SIM if weight == 1 else BSIM if weight == 0 else BOTH
                 axis.plot(values[metric], values["knn top1"], MARKS[method], color=colour, markersize=5, alpha=0.7)

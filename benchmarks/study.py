@@ -201,6 +201,7 @@ def main():
         for grid in options.grids
         for cell in cells_of(grid, options.best, epochs)
     ]
+    cells = {name_of(cell): cell for cell in cells}.values()  # two grids may share one
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, cells))
     without_training(out, options, more)

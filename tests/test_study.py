@@ -1,0 +1,133 @@
+"""benchmarks/study.py: which cells there are, that none is run twice, and what is concluded from their results."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from eval.common import write_result
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import findings  # noqa: E402
+import study  # noqa: E402
+
+KNN = {1.0: (40.0, 41.0, 45.0), 0.5: (42.0, 42.5, 48.0), 0.0: (39.0, 43.0, 44.0)}
+
+
+def judged(folder: Path, config: dict, knn: float) -> None:
+    folder.mkdir(parents=True)
+    usual = {"mix": "cutmix", "alpha": 1.0, "per_sample": True, "temperature": 0.2}
+    (folder / "config.json").write_text(json.dumps({**usual, **config, "given": {"x": 1}, "out": str(folder)}))
+    (folder / "backbone.safetensors").write_bytes(b"")
+    write_result(folder, "knn", "cifar", {"run": str(folder)}, {"top1": knn})
+    write_result(folder, "linear", "cifar", {"run": str(folder), "protocol": "features"}, {"top1": knn + 5})
+    geometry = {"uniformity": -knn / 10, "alignment": 0.3, "embedding_uniformity": knn / -20}
+    write_result(folder, "geometry", "cifar", {"run": str(folder)}, geometry)
+
+
+@pytest.fixture
+def cells(place):
+    out = place / "study"
+    for seed in range(3):
+        for weight, values in KNN.items():
+            cell = {"method": "moco", "sim_weight": weight, "epochs": 30, "seed": seed}
+            judged(out / study.name_of(cell), cell, values[seed])
+        fewer = {"method": "moco", "sim_weight": 0.5, "epochs": 20, "seed": seed}
+        judged(out / study.name_of(fewer), fewer, KNN[1.0][seed] + 2 + seed)
+        sibling = {"method": "imix", "sim_weight": 0.5, "epochs": 30, "seed": seed, "mix": "mixup"}
+        judged(out / study.name_of(sibling), sibling, KNN[1.0][seed] - 1 - seed)
+    for seed in range(2):
+        (out / f"random-seed{seed}").mkdir()
+        write_result(out / f"random-seed{seed}", "knn", "cifar", {"run": "resnet_tiny"}, {"top1": 20.0 + seed})
+    return out
+
+
+def test_the_grids_are_those_that_the_claims_need():
+    everything = {grid: study.cells_of(grid, "moco", 30) for grid in "methods passes length mixtures siblings".split()}
+    methods = {(cell["method"], cell["sim_weight"]) for cell in everything["methods"]}
+    assert methods == {(m, w) for m in ("simclr", "moco", "byol", "simsiam") for w in (1, 0.5, 0)}
+    assert {cell["method"]: cell["epochs"] for cell in everything["passes"]} == {
+        "simclr": 20, "moco": 20, "byol": 20, "simsiam": 15,
+    }  # fmt: skip
+    assert {cell["epochs"] for cell in everything["length"]} == {120, 80}
+    assert {cell["method"] for cell in everything["length"]} == {"simclr", "moco"}
+    kinds = [{k: v for k, v in cell.items() if k not in ("method", "sim_weight")} for cell in everything["mixtures"]]
+    for kind in ({"alpha": 0.2}, {"alpha": 2.0}, {"mix": "mixup"}, {"mix": "either"}, {"per_sample": False}):
+        assert kind in kinds
+    for cells in everything.values():
+        assert len({study.name_of(cell) for cell in cells}) == len(cells)
+
+
+def test_what_is_done_is_not_done_again(place, monkeypatch):
+    commands = []
+
+    def run(words, log, *_):
+        commands.append(words)
+        folder = Path(words[words.index("--out" if "--out" in words else "--run") + 1])
+        if "bsim.py" in words:
+            folder.mkdir()
+            (folder / "backbone.safetensors").write_bytes(b"")
+        elif "eval.linear" in words:
+            raise SystemExit("interrupted")
+        else:
+            write_result(folder, words[1].removeprefix("eval."), "d", {}, {})
+
+    monkeypatch.setattr(study, "run", run)
+    options = type("Options", (), {"size": "small", "dataset": "d", "threads": 1})
+    cell = {"method": "moco", "sim_weight": 0.5, "epochs": 30, "seed": 1}
+    with pytest.raises(SystemExit, match="interrupted"):
+        study.train_and_judge(cell, place / "cell", options, {"epochs": 2}, None)
+    assert [words[:2] for words in commands] == [["bsim.py", "--resume"], ["-m", "eval.knn"], ["-m", "eval.linear"]]
+    assert " ".join(commands[0]).endswith(
+        "--split train[:5000] --backbone resnet_tiny --epochs 2 --mixed_precision bf16 "
+        "--method moco --sim_weight 0.5 --seed 1 --dataset d --eval_every 0"
+    )
+    commands.clear()
+    with pytest.raises(SystemExit, match="interrupted"):
+        study.train_and_judge(cell, place / "cell", options, {}, None)
+    assert [words[:2] for words in commands] == [["-m", "eval.linear"]]
+
+
+def test_differences_are_from_sim_at_equal_steps_and_at_equal_passes(cells):
+    text = findings.report([study.line_of(path.parent) for path in sorted(cells.glob("*/results.jsonl"))])
+    sections = dict(part.split("\n\n", 1) for part in text.split("### ")[1:])
+    rows = {title: [[w.strip() for w in r.split("|")[1:-1]] for r in body.splitlines() if r.startswith("|")]
+            for title, body in sections.items()}  # fmt: skip
+
+    def interval(values, plain=KNN[1.0]):
+        gains = [a - b for a, b in zip(values, plain)]
+        low, high = stats.t.interval(0.95, 2, loc=sum(gains) / 3, scale=stats.sem(gains))
+        return f"{sum(gains) / 3:+.1f} ({low:+.1f} to {high:+.1f})"
+
+    by_weight = {row[1]: row for row in rows["SIM, both and BSIM, at equal steps"][2:]}
+    assert by_weight.keys() == {"1", "0.5", "0"}
+    assert by_weight["0.5"][4] == f"{132.5 / 3:.1f} ± {stats.tstd(KNN[0.5]):.1f}" and by_weight["0.5"][9] == "3"
+    assert by_weight["1"][10:] == ["", ""] and by_weight["0.5"][10:] == [interval(KNN[0.5])] * 2
+    assert by_weight["0"][10] == interval(KNN[0.0])
+    (passes,) = rows["Both against SIM, at equal encoder passes"][2:]
+    assert passes[:4] == ["moco", "0.5", "", "20"] and passes[10] == interval(
+        [v + 2 + i for i, v in enumerate(KNN[1.0])]
+    )
+    (sibling,) = rows["Siblings, against MoCo's SIM"][2:]
+    assert sibling[:4] == ["imix", "0.5", "mix mixup", "30"]
+    assert sibling[10] == interval([v - 1 - i for i, v in enumerate(KNN[1.0])])
+    assert rows["Without training"][-1][:2] == ["random", "20.5"] and rows["Without training"][-1][-1] == "2"
+    ranks = next(
+        row
+        for row in rows["Does accuracy follow uniformity? Spearman's rank correlation over cells"]
+        if row[0] == "moco"
+    )
+    assert ranks[1] == "12" and ranks[2].startswith("-1.00 ")  # uniformity is -k-NN / 10 there
+
+
+def test_the_study_leaves_its_results_findings_and_tables(cells, capsys):
+    study.conclude(cells, type("Options", (), {"best": "moco"}))
+    lines = [json.loads(line) for line in (cells / "results.jsonl").read_text().splitlines()]
+    assert len(lines) == 17 and all("given" not in line["settings"] for line in lines)
+    assert (cells / "findings.md").read_text() == findings.report(lines)
+    assert "moco" in (cells / "compare-001" / "compare.md").read_text()
+    study.conclude(cells, type("Options", (), {"best": "moco"}))
+    assert (cells / "compare-002").exists() and (cells / "uniformity.png").stat().st_size > 1000
