@@ -5,7 +5,7 @@
 
 Ours crops in the workers, which hand over uint8, and makes the rest of the views in batches on the device: on a GPU the
 row `crops` is what the CPU does, without one `views`. `decoding` is the same workers decoding and doing nothing else.
-With --rows: the memory of a process that has trained a while on so many rows.
+With --rows: the memory of a process that has made 20 batches of so many (small) rows.
 """
 
 import argparse
@@ -37,14 +37,14 @@ from images import after_crop  # noqa: E402
 RECIPE, BATCH = ViewRecipe(224), 64
 
 
-def write_jpegs(folder: Path, rows: int, distinct: int) -> None:
-    """Parquet files of 500 x 375 photographs, `distinct` of them over and over."""
+def write_jpegs(folder: Path, rows: int, distinct: int, size: tuple[int, int] = (500, 375)) -> None:
+    """Parquet files of photographs, `distinct` of them over and over."""
     photos = [Image.fromarray(image) for image in load_sample_images().images]
     jpegs = []
     for i in range(distinct):
         file, photo = io.BytesIO(), photos[i % 2]
         left, top = 7 * i % (photo.width - 500), 5 * i % (photo.height - 375)
-        photo.crop((left, top, left + 500, top + 375)).save(file, "JPEG", quality=90)
+        photo.crop((left, top, left + 500, top + 375)).resize(size).save(file, "JPEG", quality=90)
         jpegs.append({"bytes": file.getvalue(), "path": None})
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
     folder.mkdir()
@@ -123,7 +123,7 @@ def rates(folder: Path, workers: int, options) -> None:
 
 
 def memory(folder: Path) -> float:
-    """GiB of this process and its workers that no other shares, after 20 batches of each epoch's beginning."""
+    """GiB that this process and its workers share with no other, after 20 batches."""
     source = data.open_source(str(folder), label_column="none")
     feed = ours(source, 2, False)
     for _ in range(20):
@@ -157,7 +157,7 @@ def main():
             for workers in options.workers:
                 rates(Path(place, "jpegs"), workers, options)
         for rows in options.rows or []:
-            write_jpegs(Path(place, str(rows)), rows, 4)
+            write_jpegs(Path(place, str(rows)), rows, 4, (80, 60))  # or a million would not fit the disk
             words = [sys.executable, __file__, "--measure", f"{place}/{rows}"]
             print(f"| {rows:,} | {subprocess.check_output(words, text=True).strip()} |", flush=True)
 

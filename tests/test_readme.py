@@ -1,10 +1,19 @@
 """The README is right: its example runs, its commands and flags exist."""
 
+import json
+import os
+import random
 import re
+import shutil
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from flags import _kinds
@@ -13,8 +22,11 @@ from train import pretrain
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+
+
 def test_the_moco_example_runs_and_learns():
-    block = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
+    block = next(block for block in BLOCKS if "info_nce" in block)
     assert len(block.strip().splitlines()) <= 12
     space = {}
     exec(block, space)
@@ -35,6 +47,68 @@ def test_the_moco_example_runs_and_learns():
     assert keys.shape == (24, 16) and not keys.requires_grad
     assert all(parameter.grad is None for parameter in key.parameters())
     assert sum(values[-5:]) < 0.9 * sum(values[:5])
+
+
+def test_the_example_in_lightly_runs_and_learns():
+    pytest.importorskip("lightly")
+    from lightly.models.modules import SimCLRProjectionHead
+    from lightly.transforms import SimCLRTransform
+
+    torch.manual_seed(0)
+    random.seed(0)
+    space, two = {}, SimCLRTransform(input_size=16)
+    exec(next(block for block in BLOCKS if "def training_step" in block), space)
+    pictures = [Image.fromarray(x) for x in np.random.default_rng(0).integers(0, 256, (32, 20, 20, 3), dtype=np.uint8)]
+    batch = (torch.utils.data.default_collate([two(picture) for picture in pictures]), None, None)
+    backbone, head = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 32)), SimCLRProjectionHead(32, 32, 16)
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.3)
+    values = []
+    for i in range(30):
+        loss = space["training_step"](backbone, head, batch, torch.Generator().manual_seed(i))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(float(loss.detach()))
+    assert sum(values[-5:]) < 0.9 * sum(values[:5])
+
+
+@pytest.mark.slow
+def test_a_method_is_one_file_and_one_row(place):
+    """Added to a copy of this repository, the README's method trains, is resumed, and is evaluated."""
+    block = next(block for block in BLOCKS if "class Method" in block)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 31
+    root = Path(__file__).parent.parent
+    copy = place / "copy"
+    copy.mkdir()
+    for path in root.glob("*.py"):
+        shutil.copy(path, copy)
+    for folder in ("methods", "eval"):
+        shutil.copytree(root / folder, copy / folder)
+    (copy / "methods" / "spread.py").write_text(block)
+    table = (copy / "methods" / "__init__.py").read_text()
+    row = '"simsiam": methods.simsiam'
+    assert row in table
+    table = table.replace(row, row + ', "spread": methods.spread').replace(
+        "import methods.simsiam\n", "import methods.simsiam, methods.spread\n"
+    )
+    (copy / "methods" / "__init__.py").write_text(table)
+
+    def run(*words):
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        done = subprocess.run([sys.executable, *words], cwd=copy, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    flags = ("--method", "spread", "--sim_weight", "0.5", "--out", "run", "--resume")
+    run("bsim.py", *flags, "--steps", "60", "--eval_every", "0")
+    run("bsim.py", *flags, "--steps", "120", "--eval_every", "0")
+    lines = [json.loads(line) for line in (copy / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(10, 121, 10))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1 and lines[-1]["feature_std"] > 0.5
+    assert "knn" in run("-m", "eval.knn", "--run", "run")
+    run("-m", "eval.geometry", "--run", "run", "--images", "100")
+    metrics = json.loads((copy / "run" / "results.jsonl").read_text().splitlines()[-1])["metrics"]
+    assert metrics["embedding_uniformity"] < -1
 
 
 EVALUATIONS = ("knn", "linear", "semi", "voc07", "detect", "geometry", "compare", "export")
