@@ -1,14 +1,17 @@
-"""nt_xent against lightly's and a plain one, forward and backward: time in turns, and memory beyond the inputs.
+"""nt_xent against lightly's, solo-learn's and a plain one, both passes: time in turns, memory beyond the inputs.
 
     python benchmarks/losses.py --threads 1 --sizes 256 2048 8192
 
 Peers: pip install --no-deps -r requirements-bench.txt (and pytorch_lightning, lightly_utils and torchmetrics without
-theirs). `plain` holds the whole matrix and takes torch's logsumexp; `product` is the matrix product alone.
+theirs). solo-learn asks for a torch of 2021, but its loss does not need it; its package brings a folder `tests` along
+that would hide ours, so it goes elsewhere: pip install --no-deps --target SOLO solo-learn==1.0.2, and PYTHONPATH=SOLO.
+`plain` holds the whole matrix and takes torch's logsumexp; `product` is the matrix product alone.
 """
 
 import argparse
 import subprocess
 import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -53,6 +56,15 @@ def contenders(n: int) -> dict:
         found["lightly"] = backward(NTXentLoss(temperature=TEMPERATURE))
     except ImportError:
         print("lightly is not installed", file=sys.stderr)
+    package = find_spec("solo")
+    if package:  # the file alone: the package imports a lightning that no longer exists
+        source = Path(package.submodule_search_locations[0], "losses", "simclr.py")
+        spec = spec_from_file_location("solo_simclr", source)
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found["solo-learn"] = backward(lambda a, b: module.simclr_loss_func(a, b, TEMPERATURE))
+    else:
+        print("solo-learn is not installed", file=sys.stderr)
     z = torch.cat([a, b]).detach()
     return found | {"plain": backward(plain), "product": lambda: z @ z.T}
 
