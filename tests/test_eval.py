@@ -279,6 +279,7 @@ def test_it_is_a_command(run):
     assert "--temperature       of the votes (0.1)" in text and "--run " in text
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one(run):
     alone = linear(run=str(run), protocol="sgd", epochs=8, batch_size=64, lr=1.0)
     head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]

@@ -197,6 +197,7 @@ def forgotten(monkeypatch):
         del METHODS[name]
 
 
+@pytest.mark.slow
 def test_its_command_line_trains_and_judges(place, monkeypatch, forgotten):
     words = "--method unmix --resume --out run --split train[:200] --steps 2 --batch_size 32 --eval_every 0"
     line = [sys.executable, siblings.__file__, "pretrain", *words.split(), "--sim_weight", "0.5"]

@@ -157,6 +157,7 @@ def test_large_images_and_streams_train(place):
         assert json.loads((folder / "config.json").read_text())["image_size"] == 32
 
 
+@pytest.mark.slow
 def test_collapse_shows(place, monkeypatch):
     """BYOL without its predictor: the alarm falls to a tenth of a healthy run's."""
     options = dict(method="byol", sim_weight=1.0, steps=60, batch_size=64, eval_every=0, lr=0.5, momentum=0.5)
