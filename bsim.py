@@ -286,7 +286,7 @@ class _Spread(torch.autograd.Function):
 
 def _exponentials(x, y, bound, same=False):
     """e^(x_i . y_j - bound), 0 on the diagonal where x and y are the `same`."""
-    e = torch.addmm(x.new_tensor(-bound), x, y.T).exp_()
+    e = torch.addmm(x.new_full((), -bound), x, y.T).exp_()
     return e.fill_diagonal_(0) if same else e
 
 
@@ -551,18 +551,18 @@ def _enlarged(images, box, size, flip):
 
 
 def _one_by_one(images, box, size, flip):
-    found = images.new_empty(*images.shape[:2], size, size)
-    for one, image, (top, left, height, width), flipped in zip(found, images, box.tolist(), flip.tolist()):
+    found = []
+    for image, (top, left, height, width), flipped in zip(images, box.long().tolist(), flip.tolist()):
         cut = image[None, :, top : top + height, left : left + width]
-        cut = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
-        one.copy_(cut.flip(2) if flipped else cut)
-    return found
+        cut = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)
+        found.append(cut.flip(3) if flipped else cut)
+    return torch.cat(found)
 
 
 def resized_crop(images: Tensor, box: Tensor, size: int, flip: Tensor | None = None) -> Tensor:
     """Cut `box` [N, 4] (top, left, height, width) out of each image, resize it to size x size, flip where `flip` [N].
 
-    Bilinear and antialiased: images [N, C, H, W] float to [N, C, size, size].
+    Bilinear and antialiased: images [N, C, H, W] float to [N, C, size, size]. box: int64. flip: bool.
     """
     flip = torch.zeros(len(images), dtype=torch.bool) if flip is None else flip
     if box.device.type != "cpu" or images.device.type != "cpu":
@@ -604,17 +604,26 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
     # Which channel is the largest, as 0 or 1: on a CPU torch.where takes twenty times as long as a product.
-    is_red, is_green = (torch.eq(channel, value, out=torch.empty_like(value)) for channel in (red, green))
+    channels, largest = images.detach().split(1, 1), value.detach()
+    is_red, is_green = (torch.eq(channel, largest, out=torch.empty_like(largest)) for channel in channels[:2])
     is_green *= 1 - is_red
     is_blue = 1 - is_red - is_green
     hue = is_red * (green - blue) + is_green * (blue - red) + is_blue * (red - green)
-    hue = hue / chroma.clamp(min=1e-30) + 2 * is_green + 4 * is_blue + 6 * _column(shift, images)
-    turned = torch.empty_like(images)
-    for channel, offset in zip(turned.split(1, 1), (3, 1, -1)):
+    hue = (
+        hue / chroma.clamp(min=torch.finfo(images.dtype).tiny) + 2 * is_green + 4 * is_blue + 6 * _column(shift, images)
+    )
+    turned = []
+    for offset in (3, 1, -1):
         k = hue + offset
-        k -= 6 * (k / 6).round_()
-        torch.addcmul(value, chroma, (2 - k.abs_()).clamp_(0, 1), value=-1, out=channel)
-    return turned
+        k -= 6 * (k / 6).detach().round_()
+        turned.append(torch.addcmul(value, chroma, (2 - k.abs()).clamp_(0, 1), value=-1))
+    return torch.cat(turned, 1)
+
+
+def _taps(sigma, radius):
+    """Half of each Gaussian, [N, radius + 1]: the weight of a pixel, of its neighbours, of theirs."""
+    taps = torch.exp(-0.5 * (torch.arange(radius + 1, device=sigma.device) / sigma[:, None]) ** 2)
+    return taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1])
 
 
 def _by_convolutions(padded, taps):
@@ -631,9 +640,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """A Gaussian of `sigma` [N] pixels, cut off at `radius` pixels, the border mirrored; radius < min(H, W)."""
     if sigma.device.type == "cpu":  # beyond five sigma a millionth is left
         radius = min(radius, 1 + int(5 * sigma.max()))
-    sigma = _beside(sigma, images, images.dtype)
-    taps = torch.exp(-0.5 * (torch.arange(radius + 1, device=images.device) / sigma[:, None]) ** 2)
-    taps = taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1])
+    taps = _taps(_beside(sigma, images, images.dtype), radius)
     padded = F.pad(images, [radius] * 4, mode="reflect")
     if images.device.type != "cpu":
         return _by_convolutions(padded, taps)
@@ -664,11 +671,11 @@ def _where(drawn, images, operation, *parameters):
 
 def _render(out, images, box, flipped, turns, factors, gray, blurred, sigma, solarized, *, recipe):
     """Write into `out` the view of each image that was drawn for it."""
-    images = images.contiguous()
+    given, images = images, images.contiguous()
     if images.dtype != torch.float64:
         images = images / 255 if images.dtype == torch.uint8 else images.float()
     if images.shape == out.shape and recipe.scale == recipe.ratio == (1, 1):  # cropped before
-        view = images.clone()
+        view = images.clone() if images is given else images
         _where(flipped, view, lambda part: part.flip(3))
     else:
         view = resized_crop(images, box, recipe.size, flipped)
@@ -680,7 +687,7 @@ def _render(out, images, box, flipped, turns, factors, gray, blurred, sigma, sol
     if radius:
         _where(blurred, view, lambda part, sigma: gaussian_blur(part, sigma, radius), sigma)
     _where(solarized, view, solarize)
-    mean, std = (view.new_tensor(v).view(1, 3, 1, 1) for v in (recipe.mean, recipe.std))
+    mean, std = (_beside(torch.tensor(v), view, view.dtype).view(1, 3, 1, 1) for v in (recipe.mean, recipe.std))
     torch.sub(view, mean, out=out).mul_(1 / std)
 
 

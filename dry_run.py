@@ -1,4 +1,4 @@
-"""A dry run: the first steps of a run, timed. Nothing is written."""
+"""A dry run: the first steps of a run, timed. No run folder is made."""
 
 import resource
 import sys

@@ -31,7 +31,7 @@ def read(given: dict, defaults: dict) -> tuple[dict, Path | None]:
         raise UserError("--resume: name the run's folder, as in --resume runs/byol-digits-001")
     if given["resume"]:
         folder = Path(given["out"] if given["resume"] is True else given["resume"]).expanduser()
-        if given["resume"] is True and not (folder / "config.json").exists():
+        if given["resume"] is True and (given["dry_run"] or not (folder / "config.json").exists()):
             folder = None  # --resume --out DIR: the same command starts a run and, after a kill, goes on with it
     if folder and given["dry_run"] is not None:
         raise UserError(

@@ -134,8 +134,8 @@ def pretrain(
       checkpoint_every: steps between checkpoints; there is always one at the end
       keep: checkpoints to keep
       log_with: tensorboard, wandb or trackio beside metrics.jsonl
-      dry_run: time so many steps of this run, print memory, images/s and the run's hours;
-        leaves nothing
+      dry_run: take so many steps of this run, time the second half of them, print memory,
+        images/s and the run's hours; leaves no run
     """
     given = dict(locals())
     s, folder = settings.read(given, dict(zip(given, pretrain.__defaults__)))
@@ -143,7 +143,7 @@ def pretrain(
     say = accelerator.print
     rank, world = accelerator.process_index, accelerator.num_processes
     peers = Peers()
-    if folder is None:
+    if folder is None and not s["dry_run"]:
         runs.choose(s["out"], s["method"], s["dataset"])  # refuses a folder in use, in every process alike
 
     # The data, and what depends on it.
@@ -163,6 +163,8 @@ def pretrain(
     resumes = folder is not None and runs.last_checkpoint(folder) is not None  # else it was stopped before its first
     if resumes:
         optimizer_state, state = runs.load_checkpoint(folder, model, made_by)
+        for saved, group in zip(optimizer_state["param_groups"], optimizer.param_groups):
+            saved |= {k: v for k, v in group.items() if k == "fused"}  # of this machine and version, not of that run
         optimizer.load_state_dict(optimizer_state)
         start, baselines, health = (state[name] for name in ("step", "baselines", "health"))
         own = state["processes"][rank if len(state["processes"]) == world else 0]
@@ -355,7 +357,8 @@ def _optimizer(model, s):
     if s["optimizer"] == "lars":
         return Lars(groups, lr=s["peak_lr"], momentum=0.9)
     if s["optimizer"] == "sgd":
-        return torch.optim.SGD(groups, lr=s["peak_lr"], momentum=0.9, fused=True)
+        # Fused, its momentum would begin with whatever lies in memory where fp16's first step overflows (torch 2.14).
+        return torch.optim.SGD(groups, lr=s["peak_lr"], momentum=0.9, fused=s.get("mixed_precision") != "fp16")
     return torch.optim.AdamW(groups, lr=s["peak_lr"], fused=True)
 
 

@@ -1,6 +1,6 @@
 """What the study's cells say: means over seeds, differences from SIM with their intervals, uniformity against accuracy.
 
-    python benchmarks/findings.py benchmarks/results/small.jsonl --out runs/findings
+    python benchmarks/findings.py runs/study/results.jsonl --out runs/findings
 
 The file is what benchmarks/study.py leaves: a line a cell.
 """
@@ -29,6 +29,7 @@ METRICS = {
 }
 JUDGED = ("knn top1", "linear features top1")
 SETTINGS = ("method", "sim_weight", "epochs", "mix", "alpha", "per_sample", "temperature")
+USUAL = {"mix": "cutmix", "alpha": 1.0, "per_sample": True, "temperature": 0.2}  # the defaults for small images
 # Encoder passes of an image in a step: what half SIM, half BSIM pays more than SIM (methods/*.py).
 MORE_PASSES = {"simclr": 3 / 2, "moco": 3 / 2, "byol": 6 / 4, "simsiam": 4 / 2}
 MARKS = {"simclr": "o", "moco": "s", "byol": "^", "simsiam": "D"}
@@ -44,22 +45,23 @@ def groups_of(lines: list[dict]) -> dict:
     return groups
 
 
-def plain_of(settings: dict, groups: dict, epochs: int, temperature) -> tuple | None:
-    """The group of plain SIM to compare `settings` with; a sibling's is MoCo's."""
+def plain_of(settings: dict, groups: dict, long_enough) -> tuple | None:
+    """The group of plain SIM to compare `settings` with; a sibling's is MoCo's. long_enough(epochs): which length."""
     method = settings["method"] if settings["method"] in MORE_PASSES else "moco"
     for other in groups:
         found = dict(zip(SETTINGS, other))
-        if (found["method"], found["sim_weight"], found["epochs"]) == (method, 1, epochs):
-            if temperature in (None, found["temperature"]):
-                return other
+        alike = (found["method"], found["temperature"]) == (method, settings["temperature"])
+        if alike and found["sim_weight"] == 1 and long_enough(found["epochs"]):
+            return other
     return None
 
 
 def words_of(settings: dict) -> list[str]:
-    """A row's head: method, sim_weight, what of the mixture is not the default, epochs."""
-    usual = {"mix": "cutmix", "alpha": 1.0, "per_sample": True}
-    other = [f"{k} {settings[k]}" for k, v in usual.items() if settings[k] != v and settings["sim_weight"] < 1]
-    return [settings["method"], f"{settings['sim_weight']:g}", ", ".join(other), str(settings["epochs"])]
+    """A row's head: method, sim_weight, what is not the default, epochs."""
+    shown = [k for k in USUAL if settings[k] not in (USUAL[k], None)]
+    shown = [k for k in shown if settings["sim_weight"] < 1 or k == "temperature"]  # SIM has no mixture
+    other = ", ".join(f"{k} {settings[k]}" for k in shown)
+    return [settings["method"], f"{settings['sim_weight']:g}", other, str(settings["epochs"])]
 
 
 def difference(one: dict, two: dict, metric: str) -> str:
@@ -86,7 +88,7 @@ def means(groups: dict, chosen, versus=None) -> str:
         other = versus and versus(settings)
         row += [difference(groups[other], values, metric) if other and other != group else "" for metric in JUDGED]
         rows.append(row)
-    head = ["method", "sim_weight", "mixture", "epochs", *METRICS.values(), "seeds", "k-NN - SIM", "linear - SIM"]
+    head = ["method", "sim_weight", "else", "epochs", *METRICS.values(), "seeds", "k-NN - SIM", "linear - SIM"]
     return table(rows, head)
 
 
@@ -135,7 +137,7 @@ def report(lines: list[dict]) -> str:
     order = list(MORE_PASSES)
 
     def usual(s):
-        return (s["mix"], s["alpha"], s["per_sample"]) == ("cutmix", 1.0, True) and s["method"] in order
+        return s["method"] in order and not words_of(s)[2]
 
     def sort(chosen):
         def key(group):
@@ -146,10 +148,10 @@ def report(lines: list[dict]) -> str:
         return sorted(chosen, key=key)
 
     def same_steps(s):
-        return plain_of(s, groups, s["epochs"], s["temperature"] if s["method"] in order else None)
+        return plain_of(s, groups, lambda epochs: epochs == s["epochs"])
 
     def same_passes(s):
-        return plain_of(s, groups, round(s["epochs"] * MORE_PASSES[s["method"]]), s["temperature"])
+        return plain_of(s, groups, lambda epochs: round(epochs / MORE_PASSES[s["method"]]) == s["epochs"])
 
     lengths = {as_settings[g]["epochs"] for g in groups if as_settings[g]["sim_weight"] == 1}
     plain = [g for g, s in as_settings.items() if usual(s) and s["epochs"] in lengths]
@@ -164,9 +166,9 @@ def report(lines: list[dict]) -> str:
         text += ["### Without training", table(rows, ["", *METRICS.values(), "seeds"])]
     if halves:
         text += ["### Both against SIM, at equal encoder passes", means(groups, sort(halves), same_passes)]
-    others = [g for g, s in as_settings.items() if not usual(s) and s["method"] in order and s["sim_weight"] < 1]
+    others = [g for g, s in as_settings.items() if not usual(s) and s["method"] in order]
     if others:
-        text += ["### Other mixtures", means(groups, sort(others), same_steps)]
+        text += ["### Other mixtures and temperatures", means(groups, sort(others), same_steps)]
     siblings = [g for g, s in as_settings.items() if s["method"] not in order]
     if siblings:
         text += ["### Siblings, against MoCo's SIM", means(groups, sort(siblings), same_steps)]

@@ -157,16 +157,21 @@ def conclude(out: Path, options) -> None:
         names = [line["cell"] for line in lines if line["cell"].partition("-seed")[0].endswith(f"-e{epochs}")]
         names = [name for name in names if name.rsplit("-e", 1)[0] in usual]
         number = next(i for i in count(1) if not (out / f"compare-{i:03d}").exists())
-        compare(
-            runs=",".join(str(out / name) for name in names),
-            metrics="knn top1,linear features top1,geometry uniformity,geometry embedding_uniformity",
-            out=str(out / f"compare-{number:03d}"),
-        )
+        metrics = "knn top1,linear features top1,geometry uniformity,geometry embedding_uniformity"
+        if names:
+            compare(
+                ",".join(str(out / name) for name in names), metrics=metrics, out=str(out / f"compare-{number:03d}")
+            )
 
 
 def main():
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    more = {name.removeprefix("--"): value for name, value in zip(*[iter(sys.argv[cut + 1 :])] * 2)}
+    words = sys.argv[cut + 1 :]
+    if len(words) % 2 or any(word.startswith("--") == i % 2 for i, word in enumerate(words)):
+        sys.exit(
+            f"study.py: after --: got {' '.join(words)}, want pairs of a flag and its value, as in --batch_size 128"
+        )
+    more = {name[2:]: value for name, value in zip(words[::2], words[1::2])}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="CIFAR-10: a folder with train.parquet and test.parquet")
     parser.add_argument("--out", required=True, help="the folder of the runs")

@@ -82,6 +82,7 @@ def test_it_takes_the_steps_that_the_run_takes(place, monkeypatch):
     folder = pretrain(method="byol", **options)
     assert same(weights(folder), {name: value.contiguous() for name, value in seen[0].items()})
     pretrain(method="byol", **{**options, "steps": 7}, resume=True, out="new", dry_run=6)  # nothing there to go on with
+    pretrain(method="byol", **{**options, "steps": 7}, resume=True, out=str(folder), dry_run=6)  # nor does it go on
     assert not Path("new").exists() and not torch.equal(*(seen[i]["conv1.weight"] for i in (0, 1)))
     with pytest.raises(UserError) as caught:
         pretrain(resume=str(folder), steps=60, dry_run=20)

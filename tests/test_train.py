@@ -182,6 +182,22 @@ def test_learning_rate_warms_up_and_falls_to_nothing():
     assert _lr(0, dict(peak_lr=2.0, warmup_steps=0, steps=5)) == 2.0
 
 
+def test_an_overflow_in_the_first_step_of_half_precision_leaves_no_trace():
+    """torch 2.14's fused SGD keeps uninitialised memory as its momentum then."""
+    from train import _optimizer
+
+    settings = dict(optimizer="sgd", peak_lr=0.1, weight_decay=0.0, mixed_precision="fp16")
+    model = torch.nn.Linear(400, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    optimizer, scaler = _optimizer(model, settings), torch.amp.GradScaler("cpu")
+    for gradient in (float("inf"), 1.0, 1.0):
+        scaler.scale(torch.zeros(())).item()
+        model.weight.grad = torch.full_like(model.weight, gradient) * scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close(model.weight, torch.full_like(model.weight, -0.1 - 0.19))
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
 def test_optimisers_decay_what_they_should(place, optimizer):
     from train import _optimizer

@@ -269,14 +269,45 @@ def test_what_accelerators_compute_is_what_a_cpu_computes():
         wanted = bsim.resized_crop(x, boxes, size, flips)
         torch.testing.assert_close(bsim._by_products(x, boxes, size, flips), wanted, rtol=0, atol=1e-5)
     sigma, radius = torch.linspace(0.1, 2, 6), 11
-    taps = torch.exp(-0.5 * (torch.arange(radius + 1) / sigma[:, None]) ** 2)
-    taps = taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1])
-    found = bsim._by_convolutions(torch.nn.functional.pad(x, [radius] * 4, mode="reflect"), taps)
+    padded = torch.nn.functional.pad(x, [radius] * 4, mode="reflect")
+    found = bsim._by_convolutions(padded, bsim._taps(sigma, radius))
     torch.testing.assert_close(found, bsim.gaussian_blur(x, sigma, radius), rtol=0, atol=1e-5)
 
 
 def test_views_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
     x, recipe = images(9), ViewRecipe(40, solarize=0.3)
     wanted = make_view(x, recipe, generator=generator(3))
-    monkeypatch.setattr(bsim, "CACHE", 2 * 3 * 40 * 40)
+    monkeypatch.setattr(bsim, "CACHE", 1)
     torch.testing.assert_close(make_view(x, recipe, generator=generator(3)), wanted, rtol=0, atol=1e-5)
+
+
+def test_operations_have_the_gradients_of_what_they_compute():
+    x = torch.rand(2, 3, 5, 6, generator=generator(), dtype=torch.float64) * 0.6 + 0.2
+    box, factor = torch.tensor([[0, 0, 5, 6], [1, 2, 3, 4]]), torch.tensor([0.8, 1.1])
+    for operation in (
+        lambda x: bsim.resized_crop(x, box, 7, torch.tensor([True, False])),
+        lambda x: bsim.resized_crop(x, box, 3, torch.tensor([True, False])),
+        lambda x: bsim.adjust_hue(x, factor - 1),
+        lambda x: bsim.adjust_brightness(x, factor),
+        lambda x: bsim.adjust_contrast(x, factor),
+        lambda x: bsim.adjust_saturation(x, factor),
+        lambda x: bsim.gaussian_blur(x, factor, 2),
+    ):
+        assert torch.autograd.gradcheck(operation, x.clone().requires_grad_())
+
+
+def test_gray_in_half_precision_stays_gray():
+    gray = torch.full((1, 3, 2, 2), 0.5, dtype=torch.float16)
+    assert torch.equal(bsim.adjust_hue(gray, torch.tensor([0.1])), gray)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_images_that_are_given_are_left_alone(dtype, layout, whole):
+    x = images(height=40, width=40)
+    x = ((x * 255).round().to(dtype) if dtype == torch.uint8 else x.to(dtype)).contiguous(memory_format=layout)
+    before, recipe = x.clone(), ViewRecipe(40, flip=1, jitter=1, solarize=1)
+    recipe = recipe._replace(scale=(1, 1), ratio=(1, 1)) if whole else recipe
+    make_view(x, recipe, generator=generator())
+    assert torch.equal(x, before)
