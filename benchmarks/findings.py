@@ -161,8 +161,9 @@ def report(lines: list[dict]) -> str:
         rows = []
         for name in ("pixels", "random"):
             seen = [line["metrics"] for line in baselines if line["settings"]["method"] == name]
-            columns = [[c[metric] for c in seen if metric in c] for metric in METRICS]
-            rows.append([name, *(f"{sum(v) / len(v):.1f}" if v else "" for v in columns), str(len(seen))])
+            columns = {metric: [c[metric] for c in seen if metric in c] for metric in METRICS}
+            shown = [f"{sum(v) / len(v):.{1 if k in JUDGED else 2}f}" if v else "" for k, v in columns.items()]
+            rows.append([name, *shown, str(len(seen))])
         text += ["### Without training", table(rows, ["", *METRICS.values(), "seeds"])]
     if halves:
         text += ["### Both against SIM, at equal encoder passes", means(groups, sort(halves), same_passes)]

@@ -145,6 +145,13 @@ def test_every_file_it_points_to_exists():
         assert target.startswith("https://") or (root / target).exists(), target
 
 
+def test_every_script_that_it_runs_exists():
+    root = Path(__file__).parent.parent
+    for path in ("README.md", "benchmarks/README.md", "recipes/README.md"):
+        for script in re.findall(r"(?:benchmarks|docs|recipes)/[\w-]+\.(?:py|sh)", (root / path).read_text()):
+            assert (root / script).exists(), (path, script)
+
+
 def test_every_test_that_is_promised_exists():
     root = Path(__file__).parent.parent
     promised = (root / "docs" / "trust.md").read_text()

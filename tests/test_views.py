@@ -1,6 +1,7 @@
 """View operations against torchvision's, image by image with the same parameters; draws against their recipe."""
 
 import ast
+import contextlib
 import inspect
 import math
 import sys
@@ -311,3 +312,30 @@ def test_the_images_that_are_given_are_left_alone(dtype, layout, whole):
     recipe = recipe._replace(scale=(1, 1), ratio=(1, 1)) if whole else recipe
     make_view(x, recipe, generator=generator())
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_everything_goes_where_the_images_are(dtype, monkeypatch):
+    """On another device than the CPU, as far as one is at hand: "meta" has no numbers, but refuses to mix devices."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which "meta" does not know
+    monkeypatch.setattr(bsim, "_exact", lambda x: contextlib.nullcontext())
+    for side in (20, 40, 50):
+        x = torch.empty(6, 3, side, side, dtype=dtype, device="meta")
+        for recipe in (ViewRecipe(40, solarize=0.5), ViewRecipe(40, scale=(1, 1), ratio=(1, 1))):
+            view = make_view(x, recipe, generator=generator())
+            assert (view.device.type, view.shape, view.dtype) == ("meta", (6, 3, 40, 40), torch.float32)
+    for kind in ("cutmix", "mixup", "either"):
+        for per_sample in (True, False):
+            mixture = bsim.sample_mixture(view, kind=kind, per_sample=per_sample, generator=generator())
+            assert {part.device.type for part in mixture} == {"meta"} and mixture.weight.shape == (6,)
+    weight, partner = torch.rand(600), torch.randperm(600)  # of a CPU
+    for whole in (1 << 18, 0):
+        monkeypatch.setattr(bsim, "WHOLE", whole)
+        a, b = (torch.empty(600, 8, device="meta").requires_grad_() for _ in range(2))
+        for loss in (
+            bsim.nt_xent(a, b, weight=weight, partner=partner, negatives=b),
+            bsim.info_nce(a, b, b, weight=weight, partner=partner, in_batch=True),
+            bsim.negative_cosine(a, b, weight=weight, partner=partner),
+        ):
+            loss.backward()
+            assert loss.device.type == a.grad.device.type == "meta"
