@@ -57,7 +57,8 @@ def _opened(record):
             yield image, file
     except Exception as error:  # a broken file can raise anything, from SyntaxError to struct.error
         reason = "cannot identify image file" if "cannot identify" in str(error) else str(error) or type(error).__name__
-        reason = reason.rpartition(".cpp:")[2].partition(", ")[2] or reason  # torchvision names its source file first
+        if ".cpp:" in reason:  # torchvision says where in its source first
+            reason = reason.rpartition(".cpp:")[2].partition(", ")[2]
         raise ValueError(reason) from error
 
 

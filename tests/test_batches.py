@@ -105,6 +105,14 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale_that_no_crop_notices(monkeyp
             assert float((one.float() - other.float()).abs().mean()) < 3
 
 
+def test_what_a_broken_jpeg_is_refused_with_says_nothing_of_torchvision():
+    broken = record(picture(4, 90, 120), "JPEG")
+    broken["bytes"] = broken["bytes"][: len(broken["bytes"]) // 2]
+    recipes = [recipe._replace(size=64) for recipe in RECIPES]  # so large that torchvision decodes it
+    with pytest.raises(ValueError, match="^Image is incomplete or truncated$"):
+        images.crops(broken, recipes, generator(1))
+
+
 def test_a_jpeg_that_lies_on_its_side_is_cropped_upright():
     image, turn = picture(4, 90, 120), Image.Exif()
     turn[0x0112] = 6
