@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
 
@@ -93,16 +94,24 @@ def means(groups: dict, chosen, versus=None) -> str:
 
 
 def ranks(lines: list[dict]) -> str:
-    """Spearman's rank correlation of uniformity with accuracy over cells: of each method, and of all."""
-    rows = []
+    """Spearman's rank correlation of uniformity with accuracy over cells: of each method, of all, and of all centred.
+
+    Centred: each method's mean is taken away first, so that only what happens within methods counts.
+    """
     own = [line for line in lines if line["settings"]["method"] in MORE_PASSES]
-    for method in [*MORE_PASSES, "all"]:
-        cells = [line["metrics"] for line in own if method in (line["settings"]["method"], "all")]
-        row = [method, str(len(cells))]
+    by_method = {m: [line["metrics"] for line in own if line["settings"]["method"] == m] for m in MORE_PASSES}
+    by_method = {m: cells for m, cells in by_method.items() if cells}
+    rows = []
+    for name in [*by_method, "all", "all, centred"]:
+        parts = [by_method[name]] if name in by_method else list(by_method.values())
+        row = [name, str(sum(map(len, parts)))]
         for uniformity in ("geometry uniformity", "geometry embedding_uniformity"):
             for metric in JUDGED:
-                pairs = [(c[uniformity], c[metric]) for c in cells if uniformity in c and metric in c]
-                found = spearmanr(*zip(*pairs)) if len(pairs) > 3 else None
+                pairs = []
+                for cells in parts:
+                    found = np.array([(c[uniformity], c[metric]) for c in cells if uniformity in c and metric in c])
+                    pairs.append(found - found.mean(0) if name == "all, centred" else found)
+                found = spearmanr(*np.concatenate(pairs).T) if sum(map(len, pairs)) > 3 else None
                 row.append(f"{found.statistic:+.2f} (p {found.pvalue:.2g})" if found else "")
         rows.append(row)
     of = [f"{METRICS[m]}, {u}" for u in ("of features", "of embeddings") for m in JUDGED]

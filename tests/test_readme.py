@@ -117,7 +117,7 @@ EVALUATIONS = ("knn", "linear", "semi", "voc07", "detect", "geometry", "compare"
 def test_every_flag_it_names_exists():
     launchers = {"--multi_gpu", "--num_processes", "--num_cpu_threads_per_process", "--nproc-per-node", "--help"}
     launchers |= {"--config_file", "--machine_rank", "--main_process_ip"}
-    elsewhere = launchers | {"--jobs", "--threads", "--repeats"}
+    elsewhere = launchers | {"--jobs", "--threads", "--repeats", "--grids", "--seeds"}
     known = set(_kinds(pretrain))
     for name in EVALUATIONS:
         known |= set(_kinds(getattr(import_module(f"eval.{name}"), name)))
