@@ -13,6 +13,16 @@ matplotlib.use("Agg")
 SIM, BSIM, BOTH, OTHER = "#0072B2", "#D55E00", "#CC79A7", "#666666"
 
 
+def colour_of(sim_weight: float | None) -> str:
+    """Of a run with this sim_weight; None: of what was not pretrained."""
+    return OTHER if sim_weight is None else {1: SIM, 0: BSIM}.get(sim_weight, BOTH)
+
+
+def marks(axis) -> list:
+    """What a legend shows of the three."""
+    return [axis.plot([], [], "o", color=c, label=n)[0] for c, n in ((SIM, "SIM"), (BOTH, "both"), (BSIM, "BSIM"))]
+
+
 def _shown(view, recipe):
     """A normalised view [3, H, W] as an array that matplotlib shows."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (recipe.mean, recipe.std))

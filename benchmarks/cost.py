@@ -24,14 +24,19 @@ from train import _objective, _optimizer  # noqa: E402
 ALLOWED = {"simclr": 1.10, "moco": 1.10, "byol": 1.10, "simsiam": 1.45}
 
 
-def stepper(name, sim_weight, options, device):
-    """A function that takes one training step on random bytes, and returns its seconds."""
-    file, size = METHODS[name], options.image_size
-    network = backbone(options.backbone, size)
+def built(file, name, size, device):
+    """(the method of `file` around the backbone `name`, its optimiser), as a long run would have them."""
+    network = backbone(name, size)
     s = file.defaults(image_size=size, width=network.num_features, steps=10_000, images=50_000)
     model = file.Method(network, **{k: v for k, v in s.items() if k not in LOOP})
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = _optimizer(model, {**s, "peak_lr": 0.01})
+    return model, _optimizer(model, {**s, "peak_lr": 0.01})
+
+
+def stepper(name, sim_weight, options, device):
+    """A function that takes one training step on random bytes, and returns its seconds."""
+    file, size = METHODS[name], options.image_size
+    model, optimizer = built(file, options.backbone, size, device)
     recipes, draws = file.views(size), torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (options.batch_size, 3, size, size), dtype=torch.uint8, device=device)
 

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr  # noqa: E402
 
 from eval.common import table  # noqa: E402
 from eval.compare import paired, spread  # noqa: E402
-from pictures import BOTH, BSIM, SIM  # noqa: E402
+from pictures import colour_of, marks  # noqa: E402
 
 METRICS = {
     "knn top1": "k-NN",
@@ -126,12 +126,12 @@ def draw(path: Path, lines: list[dict]) -> None:
         for line in lines:
             method, weight, values = line["settings"]["method"], line["settings"].get("sim_weight"), line["metrics"]
             if method in MARKS and metric in values:
-                colour = SIM if weight == 1 else BSIM if weight == 0 else BOTH
-                axis.plot(values[metric], values["knn top1"], MARKS[method], color=colour, markersize=5, alpha=0.7)
+                look = dict(color=colour_of(weight), markersize=5, alpha=0.7)
+                axis.plot(values[metric], values["knn top1"], MARKS[method], **look)
         axis.set_xlabel(f"uniformity {METRICS[metric] if 'embedding' in metric else 'of features'} (lower: more even)")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("k-NN top-1 (%)")
-    shown = [axes[1].plot([], [], "o", color=c, label=n)[0] for c, n in ((SIM, "SIM"), (BOTH, "both"), (BSIM, "BSIM"))]
+    shown = marks(axes[1])
     shown += [axes[1].plot([], [], mark, color="gray", label=name)[0] for name, mark in MARKS.items()]
     figure.legend(handles=shown, loc="outside lower center", ncols=7, frameon=False)
     figure.savefig(path, format="png", dpi=110)

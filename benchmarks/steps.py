@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from cost import built  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 from turns import machine  # noqa: E402
@@ -30,8 +31,7 @@ from bsim import make_view, sample_mixture  # noqa: E402
 from data import Source  # noqa: E402
 from methods import METHODS  # noqa: E402
 from methods.networks import backbone  # noqa: E402
-from settings import LOOP  # noqa: E402
-from train import _objective, _optimizer  # noqa: E402
+from train import _objective  # noqa: E402
 
 PARTS = ("data", "views", "mixture", "network", "loss", "optimiser", "logging")
 LOSSES = {"simclr": "nt_xent", "moco": "info_nce", "byol": "negative_cosine", "simsiam": "negative_cosine"}
@@ -104,13 +104,9 @@ class InMemory(torch.utils.data.Dataset):
 def ours(name, images, options, device):
     """step(clock, i): the loop of train.py, cut into its parts."""
     file, size = METHODS[name], options.image_size
-    network = backbone(options.backbone, size)
-    s = file.defaults(image_size=size, width=network.num_features, steps=10_000, images=50_000)
-    model = file.Method(network, **{k: v for k, v in s.items() if k not in LOOP})
-    model = model.to(device, memory_format=torch.channels_last)
+    model, optimizer = built(file, options.backbone, size, device)
     if options.compile:
         model.compile()
-    optimizer = _optimizer(model, {**s, "peak_lr": 0.01})
     recipes, loss_function = file.views(size), getattr(file, LOSSES[name])
     share = dict(batch_size=options.batch_size, part_size=options.batch_size, rank=0, world=1, seed=0)
     batches = Batches(Source(InMemory(images), torch.arange(len(images)), None, None, 0, None), recipes, **share)

@@ -32,9 +32,9 @@ import data  # noqa: E402
 from eval.common import Backbone, Task, read_results, write_result  # noqa: E402
 from eval.compare import compare, results_of  # noqa: E402
 from eval.linear import from_features  # noqa: E402
+from methods import METHODS  # noqa: E402
 from runs import config_of, write  # noqa: E402
 
-METHODS = ("simclr", "moco", "byol", "simsiam")
 WEIGHTS = (1.0, 0.5, 0.0)
 SIBLINGS = ("imix", "unmix", "mixco", "keymix")
 SIZES = {

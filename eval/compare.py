@@ -14,7 +14,7 @@ from scipy.stats import t as student
 import flags
 from eval.common import read_results, table
 from flags import UserError
-from pictures import BOTH, BSIM, SIM
+from pictures import colour_of, marks
 from runs import config_of, write, write_json
 
 # Of a run's settings and a result's, those that say nothing of what was trained or measured.
@@ -135,7 +135,7 @@ def draw(path: Path, values: dict, by: list[str], metrics: list[str]) -> None:
     for axis, metric in zip(axes, metrics):
         for i, row in enumerate(rows):
             weight = row[by.index("sim_weight")]
-            colour = SIM if weight == 1 else BSIM if weight == 0 else BOTH
+            colour = colour_of(weight)
             seen = list(values[row].get(metric, {}).values())
             axis.plot(seen, [i] * len(seen), "o", color=colour, markersize=5, alpha=0.6, markeredgewidth=0)
             if seen:
@@ -147,8 +147,7 @@ def draw(path: Path, values: dict, by: list[str], metrics: list[str]) -> None:
     names = [", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row) for row in rows]
     axes[0].set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows) - 0.4, -0.6))
     axes[0].set_ylabel(", ".join(by))
-    marks = [axes[0].plot([], [], "o", color=c, label=n)[0] for c, n in ((SIM, "SIM"), (BOTH, "both"), (BSIM, "BSIM"))]
-    figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=marks(axes[0]), loc="outside lower center", ncols=3, frameon=False)
     write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 

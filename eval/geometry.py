@@ -20,7 +20,7 @@ from eval.common import Backbone, features, launch, load_backbone, load_method, 
 from flags import UserError, in_range
 from images import after_crop
 from methods import METHODS
-from pictures import BOTH, BSIM, OTHER, SIM
+from pictures import colour_of
 from runs import last_checkpoint, write
 
 QUERIES, NEAREST = 10, 5  # rows and columns of the neighbours in the picture
@@ -137,7 +137,7 @@ def geometry(task, *, beside: str | None = None, images: int = 2000, out: str | 
         found, x = measure(task, loaded, rows)
         metrics = metrics or found
         weight = loaded.config.get("sim_weight")
-        colour = OTHER if weight is None else SIM if weight == 1 else BSIM if weight == 0 else BOTH
+        colour = colour_of(weight)
         clouds.append(Cloud(name_of(loaded, run or task.settings["run"]), x.cpu(), variance_shares(x).cpu(), colour))
     if task.accelerator.is_main_process:
         path = Path(out) if out else free_name(task.backbone.folder)
