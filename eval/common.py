@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,8 +149,14 @@ def write_result(folder: Path, protocol: str, dataset: str, settings: dict, metr
 
 
 def read_results(folder: Path) -> list[dict]:
-    path = folder / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+    """The lines of `folder`/results.jsonl. One that a kill or a full disk cut off is named and left out."""
+    path, found = folder / "results.jsonl", []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError:
+            print(f"{path}: line {number} was cut off and is left out", file=sys.stderr)
+    return found
 
 
 def table(rows: list[list], head: list[str]) -> str:

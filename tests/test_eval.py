@@ -100,11 +100,13 @@ def test_a_checkpoint_a_file_and_a_name_are_backbones_too(run, place):
     assert last_line(place)["settings"]["run"] == "resnet_tiny"
 
 
-def test_results_are_only_ever_added_to(place):
+def test_results_are_only_ever_added_to(place, capsys):
     (place / "results.jsonl").write_text('{"protocol": "old"}\n{"half": ')
     common.write_result(place, "knn", "digits", {"seed": 3}, {"top1": 1.0})
     lines = (place / "results.jsonl").read_text().splitlines()
     assert lines[:2] == ['{"protocol": "old"}', '{"half": '] and json.loads(lines[2])["seed"] == 3
+    assert [line["protocol"] for line in common.read_results(place)] == ["old", "knn"]
+    assert capsys.readouterr().err == f"{place / 'results.jsonl'}: line 2 was cut off and is left out\n"
 
 
 # Linear.
