@@ -110,7 +110,9 @@ def ranks(lines: list[dict]) -> str:
                 pairs = []
                 for cells in parts:
                     found = np.array([(c[uniformity], c[metric]) for c in cells if uniformity in c and metric in c])
-                    pairs.append(found - found.mean(0) if name == "all, centred" else found)
+                    pairs.append(found.reshape(-1, 2))
+                    if name == "all, centred" and len(found):
+                        pairs[-1] -= found.mean(0)
                 found = spearmanr(*np.concatenate(pairs).T) if sum(map(len, pairs)) > 3 else None
                 row.append(f"{found.statistic:+.2f} (p {found.pvalue:.2g})" if found else "")
         rows.append(row)
