@@ -29,6 +29,8 @@ METRICS = {
     "geometry alignment": "alignment",
 }
 JUDGED = ("knn top1", "linear features top1")
+EVENNESS = ("geometry uniformity", "geometry embedding_uniformity")
+COMPARED = (*JUDGED, *EVENNESS)
 SETTINGS = ("method", "sim_weight", "epochs", "mix", "alpha", "per_sample", "temperature")
 USUAL = {"mix": "cutmix", "alpha": 1.0, "per_sample": True, "temperature": 0.2}  # the defaults for small images
 # Encoder passes of an image in a step: what half SIM, half BSIM pays more than SIM (methods/*.py).
@@ -66,12 +68,12 @@ def words_of(settings: dict) -> list[str]:
 
 
 def difference(one: dict, two: dict, metric: str) -> str:
-    found = paired(one.get(metric, {}), two.get(metric, {}))
+    found, digits = paired(one.get(metric, {}), two.get(metric, {})), 1 if metric in JUDGED else 2
     if found is None:
         return ""
     if found["low"] is None:
-        return f"{found['difference']:+.1f} (one seed)"
-    return f"{found['difference']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
+        return f"{found['difference']:+.{digits}f} (one seed)"
+    return f"{found['difference']:+.{digits}f} ({found['low']:+.{digits}f} to {found['high']:+.{digits}f})"
 
 
 def means(groups: dict, chosen, versus=None) -> str:
@@ -87,33 +89,31 @@ def means(groups: dict, chosen, versus=None) -> str:
             row.append(f"{found['mean']:.{digits}f}{deviation}" if found else "")
         row.append(str(max(len(of) for of in values.values())))
         other = versus and versus(settings)
-        row += [difference(groups[other], values, metric) if other and other != group else "" for metric in JUDGED]
+        row += [difference(groups[other], values, metric) if other and other != group else "" for metric in COMPARED]
         rows.append(row)
-    head = ["method", "sim_weight", "else", "epochs", *METRICS.values(), "seeds", "k-NN - SIM", "linear - SIM"]
-    return table(rows, head)
+    compared = [f"{METRICS[metric]} - SIM" for metric in COMPARED]
+    return table(rows, ["method", "sim_weight", "else", "epochs", *METRICS.values(), "seeds", *compared])
 
 
 def ranks(lines: list[dict]) -> str:
-    """Spearman's rank correlation of uniformity with accuracy over cells: of each method, of all, and of all centred.
+    """Spearman's rank correlation of uniformity with accuracy over cells: of each method, and of all together.
 
-    Centred: each method's mean is taken away first, so that only what happens within methods counts.
+    The mean of each method at each length is taken away first: neither which method nor how long it trained counts.
     """
-    own = [line for line in lines if line["settings"]["method"] in MORE_PASSES]
-    by_method = {m: [line["metrics"] for line in own if line["settings"]["method"] == m] for m in MORE_PASSES}
-    by_method = {m: cells for m, cells in by_method.items() if cells}
-    rows = []
-    for name in [*by_method, "all", "all, centred"]:
-        parts = [by_method[name]] if name in by_method else list(by_method.values())
-        row = [name, str(sum(map(len, parts)))]
-        for uniformity in ("geometry uniformity", "geometry embedding_uniformity"):
+    rows, methods = [], {line["settings"]["method"] for line in lines}
+    for name in [*(m for m in MORE_PASSES if m in methods), "all"]:
+        parts, cells = {}, 0
+        for line in lines:
+            if name in ("all", line["settings"]["method"]):
+                part = parts.setdefault((line["settings"]["method"], line["settings"]["epochs"]), [])
+                part.append([line["metrics"].get(k, np.nan) for k in COMPARED])
+                cells += 1
+        values = np.concatenate([np.array(part) - np.mean(part, 0) for part in parts.values()])
+        row = [name, str(cells)]
+        for uniformity in EVENNESS:
             for metric in JUDGED:
-                pairs = []
-                for cells in parts:
-                    found = np.array([(c[uniformity], c[metric]) for c in cells if uniformity in c and metric in c])
-                    pairs.append(found.reshape(-1, 2))
-                    if name == "all, centred" and len(found):
-                        pairs[-1] -= found.mean(0)
-                found = spearmanr(*np.concatenate(pairs).T) if sum(map(len, pairs)) > 3 else None
+                pair = values[:, [COMPARED.index(uniformity), COMPARED.index(metric)]]
+                found = spearmanr(*pair.T) if cells > 3 and np.isfinite(pair).all() else None
                 row.append(f"{found.statistic:+.2f} (p {found.pvalue:.2g})" if found else "")
         rows.append(row)
     of = [f"{METRICS[m]}, {u}" for u in ("of features", "of embeddings") for m in JUDGED]
@@ -124,7 +124,7 @@ def draw(path: Path, lines: list[dict]) -> None:
     """Accuracy against uniformity: of the backbone's features and of the projector's embeddings, a mark a cell."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, metric in zip(axes, ("geometry uniformity", "geometry embedding_uniformity")):
+    for axis, metric in zip(axes, EVENNESS):
         for line in lines:
             method, weight, values = line["settings"]["method"], line["settings"].get("sim_weight"), line["metrics"]
             if method in MARKS and metric in values:
@@ -184,7 +184,9 @@ def report(lines: list[dict]) -> str:
     siblings = [g for g, s in as_settings.items() if s["method"] not in order]
     if siblings:
         text += ["### Siblings, against MoCo's SIM", means(groups, sort(siblings), same_steps)]
-    text += ["### Does accuracy follow uniformity? Spearman's rank correlation over cells", ranks(lines)]
+    compared = [line for line in lines if tuple(line["settings"].get(k) for k in SETTINGS) in plain]
+    text += ["### Does accuracy follow uniformity? Spearman's rank correlation over the cells of the first table"]
+    text += ["Within methods and lengths: the mean of each is taken away first.", ranks(compared)]
     return "\n\n".join(text) + "\n"
 
 

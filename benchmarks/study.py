@@ -6,12 +6,13 @@
 A finished cell is not run again and a broken one goes on where it was, so the same command ends what was interrupted.
 Leaves the runs, results.jsonl with a line a cell, findings.md and uniformity.png (which findings.py makes again from
 results.jsonl alone), and eval.compare's tables and charts in compare-NUMBER. What follows -- are flags of every run, in
-the place of the study's own.
+the place of the study's own. A folder's cells are of one size, one dataset, the same flags and one commit.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -59,14 +60,47 @@ def cells_of(grid: str, best: str, epochs: int) -> list[dict]:
         kinds = [{"alpha": 0.2}, {"alpha": 2.0}, {"mix": "mixup"}, {"mix": "either"}, {"per_sample": False}]
         kinds += [{"temperature": 0.1}, {"temperature": 0.4}] if best in ("simclr", "moco") else []
         plain = [{"temperature": k["temperature"], "sim_weight": 1.0} for k in kinds if "temperature" in k]
-        return [{"method": best, **both, **kind} for kind in kinds] + [{"method": best, **kind} for kind in plain]
+        mixed = [{"method": best, **both, **kind} for kind in ({}, *kinds)]
+        return [{"method": best}, *mixed, *({"method": best, **kind} for kind in plain)]
     if grid == "siblings":
-        # Each with the mixture that it published; i-Mix publishes its term alone. Ours with either beside them.
+        # Each with the mixture that it published; i-Mix publishes its term alone. Ours with each mixture beside them.
         kinds = [("imix", "mixup"), ("unmix", "either"), ("mixco", "mixup"), ("keymix", "cutmix")]
         kinds += [("moco", "mixup"), ("moco", "either")]
-        found = [{"method": m, **both, "mix": mix} for m, mix in kinds]
+        found = [
+            {"method": "moco"},
+            {"method": "moco", **both},
+            *({"method": m, **both, "mix": mix} for m, mix in kinds),
+        ]
         return [*found, {"method": "imix", "sim_weight": 0.0, "mix": "mixup"}]
     raise ValueError(grid)
+
+
+def commit() -> str:
+    """The last one that changed what trains or judges, with a + where files differ from it."""
+    if not shutil.which("git"):
+        return "unknown"
+    found = []
+    for words in (["log", "-1", "--format=%h"], ["status", "--porcelain"]):
+        words = ["git", *words, "--", ":(glob)*.py", "methods", "eval"]
+        found.append(subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip())
+    return found[0] + "+" * bool(found[1]) or "unknown"
+
+
+def begin(out: Path, options, more: dict) -> dict:
+    """What all cells in `out` have in common, written down at the first start and held to at every later one."""
+    here = {"commit": commit(), "size": options.size, "dataset": options.dataset, "flags": more}
+    file = out / "study.json"
+    if not file.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write(file, lambda path: path.write_text(json.dumps(here, indent=2)))
+    before = json.loads(file.read_text())
+    for key in here:
+        if before[key] != here[key]:
+            sys.exit(
+                f"study.py: --out {out}: was begun with {key} {before[key]}, and this is {here[key]}; go back to that, "
+                "or name another folder"
+            )
+    return here
 
 
 def name_of(cell: dict) -> str:
@@ -143,10 +177,10 @@ def line_of(folder: Path) -> dict:
     return {"cell": folder.name, "settings": settings, "metrics": metrics}
 
 
-def conclude(out: Path, options) -> None:
+def conclude(out: Path, options, commit: str) -> None:
     """results.jsonl of every finished cell there is; the findings; eval.compare's tables of the methods, by length."""
     folders = sorted(path.parent for path in out.glob("*-seed*/results.jsonl"))
-    lines = [line_of(folder) for folder in folders]
+    lines = [{**line_of(folder), "commit": commit} for folder in folders]
     write(out / "results.jsonl", lambda file: file.write_text("".join(json.dumps(x) + "\n" for x in lines)))
     text = report(lines)
     write(out / "findings.md", lambda file: file.write_text(text))
@@ -184,11 +218,12 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     options = parser.parse_args(sys.argv[1:cut])
     options.dataset, out = str(Path(options.dataset).resolve()), Path(options.out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    gpus = torch.cuda.device_count()
-    jobs, free = options.jobs or gpus or os.cpu_count(), Queue()
+    here = begin(out, options, more)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = visible.split(",") if visible and torch.cuda.is_available() else range(torch.cuda.device_count())
+    jobs, free = options.jobs or len(gpus) or os.cpu_count(), Queue()
     for job in range(jobs):
-        free.put(job % gpus if gpus else None)
+        free.put(gpus[job % len(gpus)] if gpus else None)
     epochs = options.epochs or SIZES[options.size]["epochs"]
 
     def one(cell):
@@ -210,7 +245,7 @@ def main():
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, cells))
     without_training(out, options, more)
-    conclude(out, options)
+    conclude(out, options, here["commit"])
 
 
 if __name__ == "__main__":

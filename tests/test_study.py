@@ -91,6 +91,19 @@ def test_what_is_done_is_not_done_again(place, monkeypatch):
     assert [words[:2] for words in commands] == [["-m", "eval.linear"]]
 
 
+def test_a_folder_holds_cells_of_one_kind(place, monkeypatch):
+    options = type("Options", (), {"size": "small", "dataset": "d"})
+    monkeypatch.setattr(study, "commit", lambda: "abc1234")
+    assert study.begin(place / "new", options, {}) == study.begin(place / "new", options, {})
+    with pytest.raises(
+        SystemExit, match=r"begun with flags \{\}, and this is \{'batch_size': '32'\}; .* another folder"
+    ):
+        study.begin(place / "new", options, {"batch_size": "32"})
+    monkeypatch.setattr(study, "commit", lambda: "def5678")
+    with pytest.raises(SystemExit, match="begun with commit abc1234, and this is def5678"):
+        study.begin(place / "new", options, {})
+
+
 def test_differences_are_from_sim_at_equal_steps_and_at_equal_passes(cells):
     text = findings.report([study.line_of(path.parent) for path in sorted(cells.glob("*/results.jsonl"))])
     sections = dict(part.split("\n\n", 1) for part in text.split("### ")[1:])
@@ -105,7 +118,7 @@ def test_differences_are_from_sim_at_equal_steps_and_at_equal_passes(cells):
     by_weight = {row[1]: row for row in rows["SIM, both and BSIM, at equal steps"][2:]}
     assert by_weight.keys() == {"1", "0.5", "0"}
     assert by_weight["0.5"][4] == f"{132.5 / 3:.1f} ± {stats.tstd(KNN[0.5]):.1f}" and by_weight["0.5"][9] == "3"
-    assert by_weight["1"][10:] == ["", ""] and by_weight["0.5"][10:] == [interval(KNN[0.5])] * 2
+    assert by_weight["1"][10:] == [""] * 4 and by_weight["0.5"][10:12] == [interval(KNN[0.5])] * 2
     assert by_weight["0"][10] == interval(KNN[0.0])
     (passes,) = rows["Both against SIM, at equal encoder passes"][2:]
     assert passes[:4] == ["moco", "0.5", "", "20"] and passes[10] == interval(
@@ -117,17 +130,21 @@ def test_differences_are_from_sim_at_equal_steps_and_at_equal_passes(cells):
     assert rows["Without training"][-1][:2] == ["random", "20.5"] and rows["Without training"][-1][-1] == "2"
     ranks = next(
         row
-        for row in rows["Does accuracy follow uniformity? Spearman's rank correlation over cells"]
+        for row in rows[
+            "Does accuracy follow uniformity? Spearman's rank correlation over the cells of the first table"
+        ]
         if row[0] == "moco"
     )
-    assert ranks[1] == "12" and ranks[2].startswith("-1.00 ")  # uniformity is -k-NN / 10 there
+    assert ranks[1] == "9" and ranks[2].startswith("-1.00 ")  # uniformity is -k-NN / 10 there
+    assert by_weight["0.5"][12] == "-0.22 (-0.41 to -0.03)"
 
 
 def test_the_study_leaves_its_results_findings_and_tables(cells, capsys):
-    study.conclude(cells, type("Options", (), {"best": "moco"}))
+    study.conclude(cells, type("Options", (), {"best": "moco"}), "abc1234")
     lines = [json.loads(line) for line in (cells / "results.jsonl").read_text().splitlines()]
     assert len(lines) == 17 and all("given" not in line["settings"] for line in lines)
+    assert {line["commit"] for line in lines} == {"abc1234"}
     assert (cells / "findings.md").read_text() == findings.report(lines)
     assert "moco" in (cells / "compare-001" / "compare.md").read_text()
-    study.conclude(cells, type("Options", (), {"best": "moco"}))
+    study.conclude(cells, type("Options", (), {"best": "moco"}), "abc1234")
     assert (cells / "compare-002").exists() and (cells / "uniformity.png").stat().st_size > 1000
