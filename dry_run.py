@@ -1,6 +1,5 @@
 """A dry run: the first steps of a run, timed. No run folder is made."""
 
-import resource
 import sys
 import time
 from datetime import timedelta
@@ -71,4 +70,6 @@ def _now(accelerator):
 def _peak(accelerator):
     if accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    import resource  # which Windows has not
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # SimCLR: ResNet-18 on CIFAR-10, 1000 epochs, one GPU.
 #   DATA=uoft-cs/cifar10 recipes/cifar10-simclr-sim.sh [further flags of bsim.py]
-# Numbers: the authors' command for CIFAR-10 and ResNet-18: batch 512, 1000 epochs, lr 1 for each 256 images, weight
-# decay 1e-6, temperature 0.5, LARS, 10 warm-up epochs: github.com/google-research/simclr, README and run.py. Crops of
-# 0.08 and more: arXiv 2002.05709, appendix A. Heads of 512 and 128: B.6, at this width.
+# Numbers: the authors' command for CIFAR-10 and ResNet-18 at their first release: batch 512, 1000 epochs, lr 1 for each
+# 256 images, weight decay 1e-6, temperature 0.5, LARS, 10 warm-up epochs: github.com/google-research/simclr, README and
+# run.py at 0075cc07 (later ones say 1e-4, for a head of three layers). Crops of 0.08 and more: arXiv 2002.05709,
+# appendix A. Heads of 512 and 128: B.6, at this width.
 # Computed, not measured (how: recipes/README.md): 2.4 GiB a GPU, 8.5 hours on a V100. --dry_run 20 measures both.
 set -euo pipefail
 here=$(dirname "$0")/..
