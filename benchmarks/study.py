@@ -144,14 +144,14 @@ def train_and_judge(cell: dict, folder: Path, options, more: dict, gpu) -> None:
 
 def without_training(out: Path, options, more: dict) -> None:
     """Judge random networks and raw pixels, each in a folder of its own, by the protocols that apply."""
-    flags = {k: v for k, v in (SIZES[options.size] | more).items() if k in ("split", "eval_split")}
+    given = {"image_size": 32, **SIZES[options.size], **more}
+    flags = {k: v for k, v in given.items() if k in ("split", "eval_split")}
     for seed in options.seeds:
         folder = out / f"random-seed{seed}"
         folder.mkdir(exist_ok=True)
         judged = {line["protocol"] for line in read_results(folder)}
-        words = flags_of(
-            {"run": SIZES[options.size]["backbone"], "image_size": 32, "dataset": options.dataset, **flags}
-        )
+        words = {"run": given["backbone"], "image_size": given["image_size"], "dataset": options.dataset, **flags}
+        words = flags_of(words)
         for protocol in [p for p in PROTOCOLS if p not in judged]:
             log = out / f"{folder.name}.log"
             run(["-m", f"eval.{protocol}", *words, "--seed", str(seed)], log, options.threads, None, folder)
@@ -161,7 +161,7 @@ def without_training(out: Path, options, more: dict) -> None:
         knn = next(line for line in read_results(folder) if line["protocol"] == "knn")
         settings = {"run": "pixels", "protocol": "features", "workers": 0, "seed": 0}
         parts = data.open_labelled(options.dataset, **flags, seed=0)
-        network = Backbone(torch.nn.Flatten(), "pixels", 32, pixels, {})
+        network = Backbone(torch.nn.Flatten(), "pixels", int(given["image_size"]), pixels, {})
         metrics = from_features(Task(Accelerator(cpu=True), network, *parts, settings))
         write_result(pixels, "linear", options.dataset, settings, metrics)
         write_result(pixels, "knn", options.dataset, settings, {"top1": knn["metrics"]["pixels_top1"]})
