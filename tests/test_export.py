@@ -278,7 +278,7 @@ def test_a_run_that_cannot_be_exported_is_one_line_and_code_2(place, monkeypatch
 
 def test_results_that_are_damaged_are_one_line(place):
     folder, _ = a_run(place, "test_resnet", 96)
-    (folder / "results.jsonl").write_text('{"protocol": \n')
+    (folder / "results.jsonl").write_text('{"protocol": "knn"}\n')
     with pytest.raises(UserError, match="results.jsonl: cannot be read"):
         export(run=str(folder), format="hub")
 
