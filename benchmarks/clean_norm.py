@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
+from study import line_of  # noqa: E402
 
 import data  # noqa: E402
 from eval.common import DATA, Task, labelled_features, load_backbone, topk_accuracy  # noqa: E402
@@ -47,8 +48,7 @@ def judge(run: str) -> dict:
     queries, truth = labelled_features(task, task.test)
     votes = knn_votes(queries, bank, classes, k=neighbours(classes))
     metrics = {"knn top1": topk_accuracy(votes, truth)["top1"], "linear features top1": from_features(task)["top1"]}
-    settings = {k: v for k, v in config.items() if k not in ("given", "out", "resume", "dataset")}
-    return {"cell": Path(run).name, "settings": settings, "metrics": metrics}
+    return {**line_of(Path(run)), "metrics": metrics}
 
 
 def main():

@@ -67,8 +67,12 @@ def words_of(settings: dict) -> list[str]:
     return [settings["method"], f"{settings['sim_weight']:g}", other, str(settings["epochs"])]
 
 
+def digits_of(metric: str) -> int:
+    return 1 if metric in JUDGED else 2
+
+
 def difference(one: dict, two: dict, metric: str) -> str:
-    found, digits = paired(one.get(metric, {}), two.get(metric, {})), 1 if metric in JUDGED else 2
+    found, digits = paired(one.get(metric, {}), two.get(metric, {})), digits_of(metric)
     if found is None:
         return ""
     if found["low"] is None:
@@ -84,7 +88,7 @@ def means(groups: dict, chosen, versus=None) -> str:
         row = words_of(settings)
         for metric in METRICS:
             found = spread(values[metric].values()) if metric in values else None
-            digits = 1 if metric in JUDGED else 2
+            digits = digits_of(metric)
             deviation = f" ± {found['std']:.{digits}f}" if found and found["std"] is not None else ""
             row.append(f"{found['mean']:.{digits}f}{deviation}" if found else "")
         row.append(str(max(len(of) for of in values.values())))
@@ -102,18 +106,17 @@ def ranks(lines: list[dict]) -> str:
     """
     rows, methods = [], {line["settings"]["method"] for line in lines}
     for name in [*(m for m in MORE_PASSES if m in methods), "all"]:
-        parts, cells = {}, 0
+        parts = {}
         for line in lines:
             if name in ("all", line["settings"]["method"]):
                 part = parts.setdefault((line["settings"]["method"], line["settings"]["epochs"]), [])
                 part.append([line["metrics"].get(k, np.nan) for k in COMPARED])
-                cells += 1
         values = np.concatenate([np.array(part) - np.mean(part, 0) for part in parts.values()])
-        row = [name, str(cells)]
+        row = [name, str(len(values))]
         for uniformity in EVENNESS:
             for metric in JUDGED:
                 pair = values[:, [COMPARED.index(uniformity), COMPARED.index(metric)]]
-                found = spearmanr(*pair.T) if cells > 3 and np.isfinite(pair).all() else None
+                found = spearmanr(*pair.T) if len(values) > 3 and np.isfinite(pair).all() else None
                 row.append(f"{found.statistic:+.2f} (p {found.pvalue:.2g})" if found else "")
         rows.append(row)
     of = [f"{METRICS[m]}, {u}" for u in ("of features", "of embeddings") for m in JUDGED]
@@ -173,7 +176,7 @@ def report(lines: list[dict]) -> str:
         for name in ("pixels", "random"):
             seen = [line["metrics"] for line in baselines if line["settings"]["method"] == name]
             columns = {metric: [c[metric] for c in seen if metric in c] for metric in METRICS}
-            shown = [f"{sum(v) / len(v):.{1 if k in JUDGED else 2}f}" if v else "" for k, v in columns.items()]
+            shown = [f"{sum(v) / len(v):.{digits_of(k)}f}" if v else "" for k, v in columns.items()]
             rows.append([name, *shown, str(len(seen))])
         text += ["### Without training", table(rows, ["", *METRICS.values(), "seeds"])]
     if halves:

@@ -146,12 +146,11 @@ def without_training(out: Path, options, more: dict) -> None:
     """Judge random networks and raw pixels, each in a folder of its own, by the protocols that apply."""
     given = {"image_size": 32, **SIZES[options.size], **more}
     flags = {k: v for k, v in given.items() if k in ("split", "eval_split")}
+    words = flags_of({"run": given["backbone"], "image_size": given["image_size"], "dataset": options.dataset, **flags})
     for seed in options.seeds:
         folder = out / f"random-seed{seed}"
         folder.mkdir(exist_ok=True)
         judged = {line["protocol"] for line in read_results(folder)}
-        words = {"run": given["backbone"], "image_size": given["image_size"], "dataset": options.dataset, **flags}
-        words = flags_of(words)
         for protocol in [p for p in PROTOCOLS if p not in judged]:
             log = out / f"{folder.name}.log"
             run(["-m", f"eval.{protocol}", *words, "--seed", str(seed)], log, options.threads, None, folder)

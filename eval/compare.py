@@ -134,8 +134,7 @@ def draw(path: Path, values: dict, by: list[str], metrics: list[str]) -> None:
     axes = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
     for axis, metric in zip(axes, metrics):
         for i, row in enumerate(rows):
-            weight = row[by.index("sim_weight")]
-            colour = colour_of(weight)
+            colour = colour_of(row[by.index("sim_weight")])
             seen = list(values[row].get(metric, {}).values())
             axis.plot(seen, [i] * len(seen), "o", color=colour, markersize=5, alpha=0.6, markeredgewidth=0)
             if seen:

@@ -136,8 +136,7 @@ def geometry(task, *, beside: str | None = None, images: int = 2000, out: str | 
         loaded = task.backbone if run is None else load_backbone(run)
         found, x = measure(task, loaded, rows)
         metrics = metrics or found
-        weight = loaded.config.get("sim_weight")
-        colour = colour_of(weight)
+        colour = colour_of(loaded.config.get("sim_weight"))
         clouds.append(Cloud(name_of(loaded, run or task.settings["run"]), x.cpu(), variance_shares(x).cpu(), colour))
     if task.accelerator.is_main_process:
         path = Path(out) if out else free_name(task.backbone.folder)
