@@ -31,6 +31,7 @@ METRICS = {
 JUDGED = ("knn top1", "linear features top1")
 EVENNESS = ("geometry uniformity", "geometry embedding_uniformity")
 COMPARED = (*JUDGED, *EVENNESS)
+COLUMNS = {"SIM": COMPARED, "usual": JUDGED}  # of which metrics a table shows differences from which cells
 SETTINGS = ("method", "sim_weight", "epochs", "mix", "alpha", "per_sample", "temperature")
 USUAL = {"mix": "cutmix", "alpha": 1.0, "per_sample": True, "temperature": 0.2}  # the defaults for small images
 # Encoder passes of an image in a step: what half SIM, half BSIM pays more than SIM (methods/*.py).
@@ -80,8 +81,8 @@ def difference(one: dict, two: dict, metric: str) -> str:
     return f"{found['difference']:+.{digits}f} ({found['low']:+.{digits}f} to {found['high']:+.{digits}f})"
 
 
-def means(groups: dict, chosen, versus=None) -> str:
-    """A row a group of `chosen`: mean ± standard deviation, and the difference from the group that `versus` names."""
+def means(groups: dict, chosen, **versus) -> str:
+    """A row a group of `chosen`: mean ± standard deviation, and its differences from the groups that `versus` name."""
     rows = []
     for group in chosen:
         settings, values = dict(zip(SETTINGS, group)), groups[group]
@@ -92,10 +93,11 @@ def means(groups: dict, chosen, versus=None) -> str:
             deviation = f" ± {found['std']:.{digits}f}" if found and found["std"] is not None else ""
             row.append(f"{found['mean']:.{digits}f}{deviation}" if found else "")
         row.append(str(max(len(of) for of in values.values())))
-        other = versus and versus(settings)
-        row += [difference(groups[other], values, metric) if other and other != group else "" for metric in COMPARED]
+        for name, found in versus.items():
+            other = found(settings)
+            row += [difference(groups[other], values, m) if other not in (None, group) else "" for m in COLUMNS[name]]
         rows.append(row)
-    compared = [f"{METRICS[metric]} - SIM" for metric in COMPARED]
+    compared = [f"{METRICS[metric]} - {name}" for name in versus for metric in COLUMNS[name]]
     return table(rows, ["method", "sim_weight", "else", "epochs", *METRICS.values(), "seeds", *compared])
 
 
@@ -167,10 +169,14 @@ def report(lines: list[dict]) -> str:
     def same_passes(s):
         return plain_of(s, groups, lambda epochs: round(epochs / MORE_PASSES[s["method"]]) == s["epochs"])
 
+    def as_usual(s):
+        method = s["method"] if s["method"] in order else "moco"
+        return next((g for g in plain if as_settings[g] == {**s, "method": method, **USUAL}), None)
+
     lengths = {as_settings[g]["epochs"] for g in groups if as_settings[g]["sim_weight"] == 1}
     plain = [g for g, s in as_settings.items() if usual(s) and s["epochs"] in lengths]
     halves = [g for g, s in as_settings.items() if usual(s) and 0 < s["sim_weight"] < 1 and same_passes(s)]
-    text = ["### SIM, both and BSIM, at equal steps", means(groups, sort(plain), same_steps)]
+    text = ["### SIM, both and BSIM, at equal steps", means(groups, sort(plain), SIM=same_steps)]
     if baselines:
         rows = []
         for name in ("pixels", "random"):
@@ -180,13 +186,13 @@ def report(lines: list[dict]) -> str:
             rows.append([name, *shown, str(len(seen))])
         text += ["### Without training", table(rows, ["", *METRICS.values(), "seeds"])]
     if halves:
-        text += ["### Both against SIM, at equal encoder passes", means(groups, sort(halves), same_passes)]
+        text += ["### Both against SIM, at equal encoder passes", means(groups, sort(halves), SIM=same_passes)]
     others = [g for g, s in as_settings.items() if not usual(s) and s["method"] in order]
     if others:
-        text += ["### Other mixtures and temperatures", means(groups, sort(others), same_steps)]
+        text += ["### Other mixtures and temperatures", means(groups, sort(others), SIM=same_steps, usual=as_usual)]
     siblings = [g for g, s in as_settings.items() if s["method"] not in order]
     if siblings:
-        text += ["### Siblings, against MoCo's SIM", means(groups, sort(siblings), same_steps)]
+        text += ["### Siblings, against MoCo's SIM", means(groups, sort(siblings), SIM=same_steps, usual=as_usual)]
     compared = [line for line in lines if tuple(line["settings"].get(k) for k in SETTINGS) in plain]
     text += ["### Does accuracy follow uniformity? Spearman's rank correlation over the cells of the first table"]
     text += ["Within methods and lengths: the mean of each is taken away first.", ranks(compared)]
