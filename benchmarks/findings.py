@@ -49,12 +49,16 @@ def groups_of(lines: list[dict]) -> dict:
     return groups
 
 
+def base_of(settings: dict) -> str:
+    """The method to compare with: its own, and MoCo for a sibling."""
+    return settings["method"] if settings["method"] in MORE_PASSES else "moco"
+
+
 def plain_of(settings: dict, groups: dict, long_enough) -> tuple | None:
-    """The group of plain SIM to compare `settings` with; a sibling's is MoCo's. long_enough(epochs): which length."""
-    method = settings["method"] if settings["method"] in MORE_PASSES else "moco"
+    """The group of plain SIM to compare `settings` with. long_enough(epochs): which length."""
     for other in groups:
         found = dict(zip(SETTINGS, other))
-        alike = (found["method"], found["temperature"]) == (method, settings["temperature"])
+        alike = (found["method"], found["temperature"]) == (base_of(settings), settings["temperature"])
         if alike and found["sim_weight"] == 1 and long_enough(found["epochs"]):
             return other
     return None
@@ -170,8 +174,8 @@ def report(lines: list[dict]) -> str:
         return plain_of(s, groups, lambda epochs: round(epochs / MORE_PASSES[s["method"]]) == s["epochs"])
 
     def as_usual(s):
-        method = s["method"] if s["method"] in order else "moco"
-        return next((g for g in plain if as_settings[g] == {**s, "method": method, **USUAL}), None)
+        wanted = (base_of(s), s["sim_weight"], s["epochs"])
+        return next((g for g in plain if g[: len(wanted)] == wanted), None)  # SETTINGS begins with these
 
     lengths = {as_settings[g]["epochs"] for g in groups if as_settings[g]["sim_weight"] == 1}
     plain = [g for g, s in as_settings.items() if usual(s) and s["epochs"] in lengths]

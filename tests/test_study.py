@@ -140,6 +140,18 @@ def test_differences_are_from_sim_at_equal_steps_and_at_equal_passes(cells):
     assert by_weight["0.5"][12] == "-0.22 (-0.41 to -0.03)"
 
 
+def test_a_method_without_temperature_is_compared_with_its_usual_mixture():
+    lines = []
+    for seed, (usual, other) in enumerate([(30.0, 32.0), (31.0, 34.0), (33.0, 35.0)]):
+        for weight, mix, value in ((1.0, "cutmix", 20.0), (0.5, "cutmix", usual), (0.5, "mixup", other)):
+            settings = {"method": "byol", "sim_weight": weight, "epochs": 30, "mix": mix, "seed": seed}
+            settings |= {"alpha": 1.0, "per_sample": True}
+            lines.append({"cell": f"{mix}{weight}", "settings": settings, "metrics": {"knn top1": value}})
+    (row,) = [row for row in findings.report(lines).splitlines() if "mix mixup" in row]
+    low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem([2, 3, 2]))
+    assert row.split("|")[-3].strip() == f"+2.3 ({low:+.1f} to {high:+.1f})"
+
+
 def test_the_study_leaves_its_results_findings_and_tables(cells, capsys):
     study.conclude(cells, type("Options", (), {"best": "moco"}), "abc1234")
     lines = [json.loads(line) for line in (cells / "results.jsonl").read_text().splitlines()]
