@@ -8,6 +8,7 @@ The file is what benchmarks/study.py leaves: a line a cell.
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +32,7 @@ METRICS = {
 JUDGED = ("knn top1", "linear features top1")
 EVENNESS = ("geometry uniformity", "geometry embedding_uniformity")
 COMPARED = (*JUDGED, *EVENNESS)
-COLUMNS = {"SIM": COMPARED, "usual": JUDGED}  # of which metrics a table shows differences from which cells
+COLUMNS = {"SIM": COMPARED, "usual": JUDGED, "BSIM": JUDGED}  # metrics whose differences from these cells are shown
 SETTINGS = ("method", "sim_weight", "epochs", "mix", "alpha", "per_sample", "temperature")
 USUAL = {"mix": "cutmix", "alpha": 1.0, "per_sample": True, "temperature": 0.2}  # the defaults for small images
 # Encoder passes of an image in a step: what half SIM, half BSIM pays more than SIM (methods/*.py).
@@ -54,12 +55,12 @@ def base_of(settings: dict) -> str:
     return settings["method"] if settings["method"] in MORE_PASSES else "moco"
 
 
-def plain_of(settings: dict, groups: dict, long_enough) -> tuple | None:
-    """The group of plain SIM to compare `settings` with. long_enough(epochs): which length."""
+def plain_of(settings: dict, groups, long_enough, sim_weight=1) -> tuple | None:
+    """The group of plain SIM (0: pure BSIM) to compare `settings` with. long_enough(epochs): which length."""
     for other in groups:
         found = dict(zip(SETTINGS, other))
         alike = (found["method"], found["temperature"]) == (base_of(settings), settings["temperature"])
-        if alike and found["sim_weight"] == 1 and long_enough(found["epochs"]):
+        if alike and found["sim_weight"] == sim_weight and long_enough(found["epochs"]):
             return other
     return None
 
@@ -170,8 +171,9 @@ def report(lines: list[dict]) -> str:
     def same_steps(s):
         return plain_of(s, groups, lambda epochs: epochs == s["epochs"])
 
-    def same_passes(s):
-        return plain_of(s, groups, lambda epochs: round(epochs / MORE_PASSES[s["method"]]) == s["epochs"])
+    def same_passes(s, sim_weight=1):
+        more = MORE_PASSES[s["method"]]
+        return plain_of(s, plain, lambda epochs: round(epochs / more) == s["epochs"], sim_weight)
 
     def as_usual(s):
         wanted = (base_of(s), s["sim_weight"], s["epochs"])
@@ -190,7 +192,8 @@ def report(lines: list[dict]) -> str:
             rows.append([name, *shown, str(len(seen))])
         text += ["### Without training", table(rows, ["", *METRICS.values(), "seeds"])]
     if halves:
-        text += ["### Both against SIM, at equal encoder passes", means(groups, sort(halves), SIM=same_passes)]
+        versus = dict(SIM=same_passes, BSIM=partial(same_passes, sim_weight=0))
+        text += ["### Both, at as many encoder passes as SIM", means(groups, sort(halves), **versus)]
     others = [g for g, s in as_settings.items() if not usual(s) and s["method"] in order]
     if others:
         text += ["### Other mixtures and temperatures", means(groups, sort(others), SIM=same_steps, usual=as_usual)]
