@@ -8,14 +8,13 @@ The three take turns in one process; a ratio is the median over the turns, its s
 """
 
 import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
+from turns import in_turns, spread  # noqa: E402
 
 from bsim import make_view, sample_mixture  # noqa: E402
 from methods import METHODS  # noqa: E402
@@ -23,6 +22,7 @@ from methods.networks import backbone  # noqa: E402
 from settings import LOOP  # noqa: E402
 from train import _objective, _optimizer  # noqa: E402
 
+WEIGHTS = {"SIM": 1.0, "BSIM": 0.0, "both": 0.5}
 ALLOWED = {"simclr": 1.10, "moco": 1.10, "byol": 1.10, "simsiam": 1.45}
 
 
@@ -36,14 +36,13 @@ def built(file, name, size, device):
 
 
 def stepper(name, sim_weight, options, device):
-    """A function that takes one training step on random bytes, and returns its seconds."""
+    """A function that takes one training step on random bytes."""
     file, size = METHODS[name], options.image_size
     model, optimizer = built(file, options.backbone, size, device)
     recipes, draws = file.views(size), torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (options.batch_size, 3, size, size), dtype=torch.uint8, device=device)
 
     def step():
-        start = time.perf_counter()
         a, b = (make_view(images, recipe, generator=draws) for recipe in recipes)
         mixture = None
         if sim_weight < 1:
@@ -56,15 +55,8 @@ def stepper(name, sim_weight, options, device):
         model.after_step(0.5)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
 
     return step
-
-
-def ratio(values):
-    """Two cells: the median, and the quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.2f} | {low:.2f} to {high:.2f}"
 
 
 def main():
@@ -85,13 +77,11 @@ def main():
     print("| method | SIM ms | BSIM / SIM | quartiles | allowed | both / SIM | quartiles |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, allowed in ALLOWED.items():
-        steps = [stepper(name, w, options, device) for w in (1.0, 0.0, 0.5)]
-        for _ in range(2):  # the first steps pay for what is set up once
-            [step() for step in steps]
-        turns = [[step() for step in steps] for _ in range(options.repeats)]
-        sim = 1000 * statistics.median(turn[0] for turn in turns)
-        pure, both = (ratio([turn[i] / turn[0] for turn in turns]) for i in (1, 2))
-        print(f"| {name} | {sim:.0f} | {pure} | {allowed:.2f} | {both} |", flush=True)
+        steps = {term: stepper(name, weight, options, device) for term, weight in WEIGHTS.items()}
+        seconds = in_turns(steps, options.repeats)
+        pure, both = (spread([s / sim for s, sim in zip(seconds[term], seconds["SIM"])]) for term in ("BSIM", "both"))
+        row = f"{1000 * spread(seconds['SIM'])[0]:.0f} | {pure[0]:.2f} | {pure[1]:.2f} to {pure[2]:.2f}"
+        print(f"| {name} | {row} | {allowed:.2f} | {both[0]:.2f} | {both[1]:.2f} to {both[2]:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

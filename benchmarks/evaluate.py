@@ -8,7 +8,6 @@ second of `eval.common.features` over those of the network alone on batches that
 
 import argparse
 import resource
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
+from turns import in_turns, spread  # noqa: E402
 
 import data  # noqa: E402
 from eval.common import features  # noqa: E402
@@ -27,12 +27,6 @@ from methods.networks import backbone  # noqa: E402
 def peak() -> float:
     """The most memory that this process has held, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def timed(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def main():
@@ -46,7 +40,9 @@ def main():
     bank, queries = torch.randn(50_000, 512, generator=draws), torch.randn(10_000, 512, generator=draws)
     labels = torch.randint(0, 100, (50_000,), generator=draws)
     before = peak()
-    seconds = timed(lambda: knn_votes(queries, bank, labels))
+    start = time.perf_counter()
+    knn_votes(queries, bank, labels)
+    seconds = time.perf_counter() - start
     print(f"k-NN, 10,000 x 50,000 at 512: {seconds:.1f} s, {peak() - before:.2f} GiB beyond its inputs")
 
     size = 32
@@ -62,13 +58,13 @@ def main():
         for batch in ready:
             network(batch)
 
-    ratios = []
-    for _ in range(options.repeats):
-        alone = timed(bare)
-        ratios.append(alone / timed(lambda: features(accelerator, network, part, image_size=size)))
-    low, _, high = statistics.quantiles(ratios, n=4)
+    def ours():
+        features(accelerator, network, part, image_size=size)
+
+    seconds = in_turns({"bare": bare, "ours": ours}, options.repeats)
+    middle, low, high = spread([bare / own for bare, own in zip(seconds["bare"], seconds["ours"])])
     print(
-        f"features, {options.network}, {size} pixels: {100 * statistics.median(ratios):.1f} % of its bare speed "
+        f"features, {options.network}, {size} pixels: {100 * middle:.1f} % of its bare speed "
         f"(quartiles {100 * low:.1f} to {100 * high:.1f}, {options.repeats} turns, {options.threads} threads)"
     )
 

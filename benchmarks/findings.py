@@ -8,7 +8,6 @@ The file is what benchmarks/study.py leaves: a line a cell.
 import argparse
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -55,12 +54,12 @@ def base_of(settings: dict) -> str:
     return settings["method"] if settings["method"] in MORE_PASSES else "moco"
 
 
-def plain_of(settings: dict, groups, long_enough, sim_weight=1) -> tuple | None:
-    """The group of plain SIM (0: pure BSIM) to compare `settings` with. long_enough(epochs): which length."""
+def plain_of(settings: dict, groups: dict, long_enough) -> tuple | None:
+    """The group of plain SIM to compare `settings` with. long_enough(epochs): which length."""
     for other in groups:
         found = dict(zip(SETTINGS, other))
         alike = (found["method"], found["temperature"]) == (base_of(settings), settings["temperature"])
-        if alike and found["sim_weight"] == sim_weight and long_enough(found["epochs"]):
+        if alike and found["sim_weight"] == 1 and long_enough(found["epochs"]):
             return other
     return None
 
@@ -171,13 +170,16 @@ def report(lines: list[dict]) -> str:
     def same_steps(s):
         return plain_of(s, groups, lambda epochs: epochs == s["epochs"])
 
-    def same_passes(s, sim_weight=1):
-        more = MORE_PASSES[s["method"]]
-        return plain_of(s, plain, lambda epochs: round(epochs / more) == s["epochs"], sim_weight)
+    def same_passes(s):
+        return plain_of(s, groups, lambda epochs: round(epochs / MORE_PASSES[s["method"]]) == s["epochs"])
 
     def as_usual(s):
         wanted = (base_of(s), s["sim_weight"], s["epochs"])
         return next((g for g in plain if g[: len(wanted)] == wanted), None)  # SETTINGS begins with these
+
+    def pure_beside(s):
+        """Pure BSIM of as many epochs as the SIM of as many passes."""
+        return as_usual({**s, "sim_weight": 0, "epochs": as_settings[same_passes(s)]["epochs"]})
 
     lengths = {as_settings[g]["epochs"] for g in groups if as_settings[g]["sim_weight"] == 1}
     plain = [g for g, s in as_settings.items() if usual(s) and s["epochs"] in lengths]
@@ -192,8 +194,8 @@ def report(lines: list[dict]) -> str:
             rows.append([name, *shown, str(len(seen))])
         text += ["### Without training", table(rows, ["", *METRICS.values(), "seeds"])]
     if halves:
-        versus = dict(SIM=same_passes, BSIM=partial(same_passes, sim_weight=0))
-        text += ["### Both, at as many encoder passes as SIM", means(groups, sort(halves), **versus)]
+        shown = means(groups, sort(halves), SIM=same_passes, BSIM=pure_beside)
+        text += ["### Both, at as many encoder passes as SIM", shown]
     others = [g for g, s in as_settings.items() if not usual(s) and s["method"] in order]
     if others:
         text += ["### Other mixtures and temperatures", means(groups, sort(others), SIM=same_steps, usual=as_usual)]

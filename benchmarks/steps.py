@@ -23,7 +23,7 @@ import torch.nn.functional as F  # noqa: E402
 from cost import built  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
-from turns import machine  # noqa: E402
+from turns import machine, spread  # noqa: E402
 from views import smooth  # noqa: E402
 
 from batches import VIEW, Batches, Feed, generator  # noqa: E402
@@ -231,7 +231,7 @@ def main():
     for name in steps:
         middle = [1000 * statistics.median(seconds[part] for seconds in seen[name]) for part in PARTS]
         shares = [100 * (1 - seconds["network"] / sum(seconds.values())) for seconds in seen[name]]
-        low, share, high = statistics.quantiles(shares, n=4)
+        share, low, high = spread(shares)
         undisturbed = statistics.median(whole[name])
         memory = f"{peak[name]:.1f}" if peak else ""
         print(
