@@ -176,7 +176,7 @@ SIBLINGS = {
 COMMANDS = {"pretrain": pretrain, "knn": knn, "linear": linear, "geometry": geometry}
 
 
-def main():
+def main(methods=SIBLINGS):
     word = sys.argv.pop(1) if len(sys.argv) > 1 else "nothing"
     if word in ("--help", "-h"):
         print(__doc__)
@@ -184,7 +184,7 @@ def main():
     if word not in COMMANDS:
         print(f"siblings.py: got {word}, want {', '.join(COMMANDS)}, and then its flags", file=sys.stderr)
         sys.exit(2)
-    METHODS.update(SIBLINGS)
+    METHODS.update(methods)
     flags.launch(COMMANDS[word], f"siblings.py {word}")
 
 

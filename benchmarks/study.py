@@ -38,6 +38,7 @@ from runs import config_of, write  # noqa: E402
 
 WEIGHTS = (1.0, 0.5, 0.0)
 SIBLINGS = ("imix", "unmix", "mixco", "keymix")
+CANDIDATES = ("simclr_apart", "simclr_plain_end", "simclr_apart_plain_end")
 SIZES = {
     "small": {"split": "train[:5000]", "backbone": "resnet_tiny", "epochs": 30, "mixed_precision": "bf16"},
     "full": {"backbone": "resnet18", "epochs": 200, "mixed_precision": "bf16"},
@@ -72,6 +73,9 @@ def cells_of(grid: str, best: str, epochs: int) -> list[dict]:
             *({"method": m, **both, "mix": mix} for m, mix in kinds),
         ]
         return [*found, {"method": "imix", "sim_weight": 0.0, "mix": "mixup"}]
+    if grid == "candidates":  # what may pay at the cost of SIM, with SIM as long
+        names = [("simclr", 1.0), ("simclr_apart_plain_end", 0.0)]
+        return [{"method": m, "sim_weight": w, "epochs": 4 * epochs} for m, w in names]
     raise ValueError(grid)
 
 
@@ -127,10 +131,11 @@ def flags_of(settings: dict) -> list[str]:
 def train_and_judge(cell: dict, folder: Path, options, more: dict, gpu) -> None:
     """Pretrain the cell, or go on with it, and judge it by each protocol that has not judged it yet."""
     log, start = folder.with_name(f"{folder.name}.log"), time.time()
-    # A sibling's method is known to siblings.py alone, which takes the same commands.
+    # Methods of benchmarks are known to their own file alone, which takes the same commands.
     program = {name: ["-m", f"eval.{name}"] for name in PROTOCOLS} | {"pretrain": ["bsim.py"]}
-    if cell["method"] in SIBLINGS:
-        program = {name: ["benchmarks/siblings.py", name] for name in program}
+    for file, names in (("siblings", SIBLINGS), ("candidates", CANDIDATES)):
+        if cell["method"] in names:
+            program = {name: [f"benchmarks/{file}.py", name] for name in program}
     given = {**SIZES[options.size], **cell, "dataset": options.dataset, "eval_every": 0, **more}
     if not (folder / "backbone.safetensors").exists():
         words = [*program["pretrain"], "--resume", "--out", str(folder), *flags_of(given)]
@@ -210,7 +215,7 @@ def main():
     parser.add_argument("--out", required=True, help="the folder of the runs")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--epochs", type=int, help="in the place of the size's own")
-    parser.add_argument("--grids", nargs="+", default=["methods"], help="methods passes length mixtures siblings")
+    parser.add_argument("--grids", nargs="+", default=["methods"], help="methods passes length mixtures siblings candidates")
     parser.add_argument("--best", choices=METHODS, default="simclr", help="the method that gained most by `methods`")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, help="runs at once; by itself the GPUs, or the cores")
