@@ -215,7 +215,9 @@ def main():
     parser.add_argument("--out", required=True, help="the folder of the runs")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--epochs", type=int, help="in the place of the size's own")
-    parser.add_argument("--grids", nargs="+", default=["methods"], help="methods passes length mixtures siblings candidates")
+    parser.add_argument(
+        "--grids", nargs="+", default=["methods"], help="methods passes length mixtures siblings candidates"
+    )
     parser.add_argument("--best", choices=METHODS, default="simclr", help="the method that gained most by `methods`")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, help="runs at once; by itself the GPUs, or the cores")
