@@ -14,9 +14,9 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from batches import ORDER, SPLIT, generator
 from flags import UserError, first_line, reading
-from images import SMALL, LargeImages, SmallImages, TooLarge, bad_row, decode, mark
+from loading.batches import ORDER, SPLIT, generator
+from loading.images import SMALL, LargeImages, SmallImages, TooLarge, bad_row, decode, mark
 
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 BANK, QUERIES = 50_000, 10_000  # images of a k-NN evaluation, at most; a tenth of that from a stream

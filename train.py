@@ -16,19 +16,17 @@ from timm.optim import Lars
 from torch import nn
 
 import data
-import dry_run as dry
-import guards
-import pictures
-import runs
-import settings
-from batches import VIEW, Batches, Feed, StreamBatches, generator, places_of
 from bsim import make_view, sample_mixture
 from eval.knn import knn_accuracy, pixels
 from flags import UserError, progress
-from images import after_crop
+from loading.batches import VIEW, Batches, Feed, StreamBatches, generator, places_of
+from loading.images import after_crop
 from methods import METHODS
 from methods.networks import average_statistics
-from peers import Peers, agreement
+from training import dry_run as dry
+from training import folder as run_folder
+from training import guards, pictures, settings
+from training.peers import Peers, agreement
 
 NOT_AGAIN = ("out", "resume", "sim_weight")  # flags that the command that is proposed does not repeat
 COLLAPSE = "their spread fell under a tenth of what it was. See curves.png; try a lower --lr or another --momentum"
@@ -144,7 +142,7 @@ def pretrain(
     rank, world = accelerator.process_index, accelerator.num_processes
     peers = Peers()
     if folder is None and not s["dry_run"]:
-        runs.choose(s["out"], s["method"], s["dataset"])  # refuses a folder in use, in every process alike
+        run_folder.choose(s["out"], s["method"], s["dataset"])  # refuses a folder in use, in every process alike
 
     # The data, and what depends on it.
     names = "dataset subset split eval_split image_column label_column streaming skip_bad_images seed".split()
@@ -157,12 +155,14 @@ def pretrain(
     part = s["batch_size"] // (world * s["accumulate"])
     recipes = settings.recipes(s, method_file)
     model = method_file.Method(network, **{k: s[k] for k in s["of_method"] if k not in settings.LOOP})
-    made_by = {"method": s["method"], "backbone": s["backbone"], "format": runs.FORMAT}
+    made_by = {"method": s["method"], "backbone": s["backbone"], "format": run_folder.FORMAT}
     start, window, places, baselines, health = 0, {}, None, {}, {}
     optimizer = _optimizer(model, s)
-    resumes = folder is not None and runs.last_checkpoint(folder) is not None  # else it was stopped before its first
+    resumes = (
+        folder is not None and run_folder.last_checkpoint(folder) is not None
+    )  # else it was stopped before its first
     if resumes:
-        optimizer_state, state = runs.load_checkpoint(folder, model, made_by)
+        optimizer_state, state = run_folder.load_checkpoint(folder, model, made_by)
         for saved, group in zip(optimizer_state["param_groups"], optimizer.param_groups):
             saved |= {k: v for k, v in group.items() if k == "fused"}  # of this machine and version, not of that run
         optimizer.load_state_dict(optimizer_state)
@@ -203,9 +203,9 @@ def pretrain(
     # The run folder.
     if not s["dry_run"]:
         if accelerator.is_main_process:
-            folder = folder or runs.create(s["out"], s["method"], s["dataset"])
-            runs.cut_metrics(folder, start)
-            runs.write_json(folder / "config.json", {**s, "out": str(folder), "versions": runs.versions()})
+            folder = folder or run_folder.create(s["out"], s["method"], s["dataset"])
+            run_folder.cut_metrics(folder, start)
+            run_folder.write_json(folder / "config.json", {**s, "out": str(folder), "versions": run_folder.versions()})
         folder = peers.folder = Path(broadcast_object_list([str(folder)])[0])
         if s["log_with"]:
             accelerator.project_configuration.logging_dir = str(folder)
@@ -283,7 +283,7 @@ def pretrain(
                 if guards.collapsed(health, line["feature_std"]):
                     say(f"warning: step {done}: the embeddings collapse; {COLLAPSE}")
                 if accelerator.is_main_process:
-                    runs.append_metrics(folder, line)
+                    run_folder.append_metrics(folder, line)
                 accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=done)
                 shown = {"loss": f"{line['loss']:.3f}", "img/s": f"{line['images_per_second']:.0f}"}
                 bar.set_postfix(shown | ({"knn": f"{knn:.1f}%"} if knn is not None else {}), refresh=False)
@@ -296,7 +296,7 @@ def pretrain(
                 if accelerator.is_main_process:
                     state = {"made_by": made_by, "processes": processes, "baselines": baselines, "health": health}
                     state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
-                    runs.save_checkpoint(folder, done, bare, optimizer.state_dict(), state, s["keep"])
+                    run_folder.save_checkpoint(folder, done, bare, optimizer.state_dict(), state, s["keep"])
                 accelerator.wait_for_everyone()
             if stops and not last:
                 bar.close()
@@ -308,7 +308,7 @@ def pretrain(
     # What is left behind.
     bad = set(gather_object(sorted(feed.bad)))
     if accelerator.is_main_process:
-        runs.save_backbone(folder, bare.backbone)
+        run_folder.save_backbone(folder, bare.backbone)
         pictures.draw_curves(folder)
     accelerator.end_training()
     say(_summary(folder, s, knn, baselines, bad, health))

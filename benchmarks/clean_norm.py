@@ -20,9 +20,11 @@ from accelerate import Accelerator  # noqa: E402
 from study import line_of  # noqa: E402
 
 import data  # noqa: E402
-from eval.common import DATA, Task, labelled_features, load_backbone, topk_accuracy  # noqa: E402
+from eval.command import DATA, Task  # noqa: E402
+from eval.features import labelled_features, topk_accuracy  # noqa: E402
 from eval.knn import knn_votes, neighbours  # noqa: E402
 from eval.linear import from_features  # noqa: E402
+from eval.weights import load_backbone  # noqa: E402
 
 
 def renew_statistics(task: Task) -> None:

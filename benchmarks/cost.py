@@ -19,8 +19,8 @@ from turns import in_turns, spread  # noqa: E402
 from bsim import make_view, sample_mixture  # noqa: E402
 from methods import METHODS  # noqa: E402
 from methods.networks import backbone  # noqa: E402
-from settings import LOOP  # noqa: E402
 from train import _objective, _optimizer  # noqa: E402
+from training.settings import LOOP  # noqa: E402
 
 WEIGHTS = {"SIM": 1.0, "BSIM": 0.0, "both": 0.5}
 ALLOWED = {"simclr": 1.10, "moco": 1.10, "byol": 1.10, "simsiam": 1.45}

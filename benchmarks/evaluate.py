@@ -19,7 +19,7 @@ from accelerate import Accelerator  # noqa: E402
 from turns import in_turns, spread  # noqa: E402
 
 import data  # noqa: E402
-from eval.common import features  # noqa: E402
+from eval.features import features  # noqa: E402
 from eval.knn import knn_votes  # noqa: E402
 from methods.networks import backbone  # noqa: E402
 

@@ -17,9 +17,9 @@ import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
 
-from eval.common import table  # noqa: E402
 from eval.compare import paired, spread  # noqa: E402
-from pictures import colour_of, marks  # noqa: E402
+from eval.results import table  # noqa: E402
+from training.pictures import colour_of, marks  # noqa: E402
 
 METRICS = {
     "knn top1": "k-NN",

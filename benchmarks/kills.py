@@ -30,8 +30,8 @@ from safetensors.torch import load_file  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 
 from methods import METHODS  # noqa: E402
-from runs import last_checkpoint, read_metrics  # noqa: E402
 from train import pretrain  # noqa: E402
+from training.folder import last_checkpoint, read_metrics  # noqa: E402
 
 
 def fork(options: dict) -> int:

@@ -31,9 +31,9 @@ from torchvision.io import decode_jpeg  # noqa: E402
 from turns import machine, spread  # noqa: E402
 
 import data  # noqa: E402
-from batches import VIEW, Batches, Feed, generator  # noqa: E402
 from bsim import ViewRecipe, make_view  # noqa: E402
-from images import after_crop  # noqa: E402
+from loading.batches import VIEW, Batches, Feed, generator  # noqa: E402
+from loading.images import after_crop  # noqa: E402
 
 RECIPE, BATCH = ViewRecipe(224), 64
 

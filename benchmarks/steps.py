@@ -26,9 +26,9 @@ from torch import nn  # noqa: E402
 from turns import machine, spread  # noqa: E402
 from views import smooth  # noqa: E402
 
-from batches import VIEW, Batches, Feed, generator  # noqa: E402
 from bsim import make_view, sample_mixture  # noqa: E402
 from data import Source  # noqa: E402
+from loading.batches import VIEW, Batches, Feed, generator  # noqa: E402
 from methods import METHODS  # noqa: E402
 from methods.networks import backbone  # noqa: E402
 from train import _objective  # noqa: E402

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from sklearn.datasets import load_sample_images  # noqa: E402
 
 from bsim import ViewRecipe, cutmix, make_view  # noqa: E402
-from pictures import BSIM, OTHER, SIM  # noqa: E402
+from training.pictures import BSIM, OTHER, SIM  # noqa: E402
 
 SIZE = 160
 

@@ -13,9 +13,9 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as run_lengths
 
-from batches import CROP, epoch_order, generator
 from flags import UserError, first_line, reading
-from images import decode
+from loading.batches import CROP, epoch_order, generator
+from loading.images import decode
 
 VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 import flags
-from eval.common import read_results, table
+from eval.results import read_results, table
 from flags import UserError
-from pictures import colour_of, marks
-from runs import config_of, write, write_json
+from training.folder import config_of, write, write_json
+from training.pictures import colour_of, marks
 
 # Of a run's settings and a result's, those that say nothing of what was trained or measured.
 BESIDES = "seed out resume given versions run log_with log_every checkpoint_every eval_every keep workers".split()

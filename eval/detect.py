@@ -18,16 +18,17 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 import flags
-import guards
-import runs
-from batches import VIEW, generator, made
 from eval.boxes import Batches, Scenes, average_precision, open_scenes, picture, run_lengths
-from eval.common import finish, load_backbone, start
+from eval.command import finish, start
 from eval.detector import detector
+from eval.weights import load_backbone
 from flags import UserError, first_line, one_of, progress
+from loading.batches import VIEW, generator, made
 from methods.networks import SMALL, average_statistics
 from methods.networks import backbone as build_backbone
-from peers import Peers, agreement
+from training import folder as run_folder
+from training import guards
+from training.peers import Peers, agreement
 
 MAY_CHANGE = ("workers", "log_every", "checkpoint_every", "out", "resume")
 KEEP = 2  # checkpoints
@@ -123,10 +124,10 @@ def detect(
     bare = model.to(accelerator.device)
     optimizer = _optimizer(bare, s)
     made_by = {"protocol": "detect", "task": s["task"], "backbone": loaded.name, "classes": len(classes)}
-    made_by["format"] = runs.FORMAT
+    made_by["format"] = run_folder.FORMAT
     first, window, scaler = 0, {}, None
-    if goes_on and runs.last_checkpoint(folder):
-        optimizer_state, state = runs.load_checkpoint(folder, bare, made_by)
+    if goes_on and run_folder.last_checkpoint(folder):
+        optimizer_state, state = run_folder.load_checkpoint(folder, bare, made_by)
         optimizer.load_state_dict(optimizer_state)
         first, scaler = state["step"], state["scaler"]
         window = state["processes"][rank] if len(state["processes"]) == world else {}
@@ -136,9 +137,15 @@ def detect(
 
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        runs.cut_metrics(folder, first)
-        kept = {**s, "out": str(folder), "protocol": "detect", "backbone": loaded.name, "versions": runs.versions()}
-        runs.write_json(folder / "config.json", kept)
+        run_folder.cut_metrics(folder, first)
+        kept = {
+            **s,
+            "out": str(folder),
+            "protocol": "detect",
+            "backbone": loaded.name,
+            "versions": run_folder.versions(),
+        }
+        run_folder.write_json(folder / "config.json", kept)
     accelerator.wait_for_everyone()
     peers.folder = folder
     if note:
@@ -161,7 +168,7 @@ def detect(
         (metrics,) = broadcast_object_list([metrics])
         finish(accelerator, loaded.folder, "detect", {**s, "backbone": loaded.name, "dataset": s["data"]}, metrics)
         if accelerator.is_main_process:
-            runs.write_json(folder / "result.json", metrics)
+            run_folder.write_json(folder / "result.json", metrics)
     accelerator.end_training()
     return metrics
 
@@ -178,7 +185,7 @@ def _settings(given):
         if given["out"] is not None and Path(given["out"]) != Path(resume):
             raise UserError(f"--out {given['out']}: a run goes on in its own folder; drop --out, or drop --resume")
         folder = Path(resume).expanduser()
-        runs.config_of(folder)  # raises where there is none
+        run_folder.config_of(folder)  # raises where there is none
     else:
         _check(given)
         name = f"detect-{given['task']}" + f"-{given['init']}" * (given["init"] != "run")
@@ -190,7 +197,7 @@ def _settings(given):
         given = _gone_on(folder, given, {k for k, v in given.items() if v != defaults[k] or k in flags.given})
         _check(given)
     else:
-        runs.choose(str(folder), "", "")  # refuses a folder in use
+        run_folder.choose(str(folder), "", "")  # refuses a folder in use
     recipe = RECIPES[given["task"], given["schedule"] or ("1x" if given["task"] == "coco" else None)]
     s = {**given, "given": given}
     s["steps"] = given["steps"] or recipe.steps
@@ -208,7 +215,7 @@ def _run_folder(given):
 
 def _gone_on(folder, given, said):
     """The flags of the run in `folder`, with those of `said`, given now, that may change."""
-    config = runs.config_of(folder)
+    config = run_folder.config_of(folder)
     if config.get("protocol") != "detect":
         raise UserError(f"--resume {folder}: is no run of eval.detect")
     had = config["given"]
@@ -317,7 +324,7 @@ def _train(accelerator, model, bare, optimizer, batches, s, folder, first, windo
                 line = {"step": done, **_means(accelerator, window), "lr": _lr(step, s)}
                 speed = (done - since) * s["batch_size"] / (time.perf_counter() - clock)
                 if accelerator.is_main_process:
-                    runs.append_metrics(folder, line | {"images_per_second": round(speed, 1)})
+                    run_folder.append_metrics(folder, line | {"images_per_second": round(speed, 1)})
                 bar.set_postfix({"loss": f"{line['loss']:.3f}", "img/s": f"{speed:.1f}"}, refresh=False)
                 clock, since = time.perf_counter(), done
             bar.update()
@@ -327,7 +334,7 @@ def _train(accelerator, model, bare, optimizer, batches, s, folder, first, windo
                 state = {"made_by": made_by, "processes": gather_object([own])}
                 state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
                 if accelerator.is_main_process:
-                    runs.save_checkpoint(folder, done, bare, optimizer.state_dict(), state, KEEP)
+                    run_folder.save_checkpoint(folder, done, bare, optimizer.state_dict(), state, KEEP)
                 accelerator.wait_for_everyone()
             if stops and not last:
                 accelerator.print(f"stopped at step {done}; go on with: python -m eval.detect --resume {folder}")

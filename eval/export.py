@@ -16,11 +16,12 @@ from safetensors.torch import save
 from timm.models.resnet import ResNet
 from torch import nn
 
-import runs
 from bsim import ViewRecipe
-from eval.common import Backbone, load_backbone, read_results, table
+from eval.results import read_results, table
+from eval.weights import Backbone, load_backbone
 from flags import UserError, launch, one_of, reading
 from methods.networks import SMALL
+from training import folder as run_folder
 
 POSSIBLE = {
     "torchvision": "ResNets, ResNeXts, wide ResNets and DenseNets, such as resnet50 or densenet121",
@@ -266,7 +267,7 @@ def export(
         raise UserError(f"--out {target}: exists, and nothing is overwritten; name another: --out {another}")
     content, how = make(loaded, target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    runs.write(target, lambda aside: _put(aside, content))
+    run_folder.write(target, lambda aside: _put(aside, content))
     values = sum(v.numel() for v in loaded.network.parameters())
     print(table([[format, loaded.name, f"{values:,}", target]], ["for", "architecture", "parameters", "written"]))
     print(how)

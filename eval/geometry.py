@@ -13,15 +13,17 @@ from einops import rearrange
 from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde
 
-from batches import SPLIT, VIEW, Batches, Feed, generator, whole_images
 from bsim import alignment, make_view, uniformity
 from data import Source
-from eval.common import Backbone, features, launch, load_backbone, load_method, protocol
+from eval.command import launch, protocol
+from eval.features import features
+from eval.weights import Backbone, load_backbone, load_method
 from flags import UserError, in_range
-from images import after_crop
+from loading.batches import SPLIT, VIEW, Batches, Feed, generator, whole_images
+from loading.images import after_crop
 from methods import METHODS
-from pictures import colour_of
-from runs import last_checkpoint, write
+from training.folder import last_checkpoint, write
+from training.pictures import colour_of
 
 QUERIES, NEAREST = 10, 5  # rows and columns of the neighbours in the picture
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eval.common import POSITIVE, features, labelled_features, launch, protocol, topk_accuracy
+from eval.command import POSITIVE, launch, protocol
+from eval.features import features, labelled_features, topk_accuracy
 from flags import in_range
 
 

@@ -15,10 +15,11 @@ from sklearn.linear_model import LogisticRegression
 from timm.optim import Lars
 from torch import nn
 
-from batches import SPLIT, generator
-from eval.common import POSITIVE, labelled_features, launch, protocol, topk_accuracy
+from eval.command import POSITIVE, launch, protocol
+from eval.features import labelled_features, topk_accuracy
 from eval.supervised import check_batch, fit
 from flags import UserError, in_range, one_of
+from loading.batches import SPLIT, generator
 
 # What was published for ImageNet and ResNet-50: rate for each 256 images, images a step, weight decay.
 PRESETS = {

@@ -9,10 +9,11 @@ import pyarrow.compute as pc
 import torch
 from torch import nn
 
-from batches import SPLIT, generator
-from eval.common import POSITIVE, labelled_features, launch, protocol, topk_accuracy
+from eval.command import POSITIVE, launch, protocol
+from eval.features import labelled_features, topk_accuracy
 from eval.supervised import check_batch, fit
 from flags import UserError, in_range
+from loading.batches import SPLIT, generator
 from methods.networks import average_statistics
 
 

@@ -5,11 +5,11 @@ import math
 import torch
 import torch.nn.functional as F
 
-from batches import VIEW, Batches, Feed, generator
 from bsim import ViewRecipe, make_view
 from data import Source
 from flags import UserError, progress
-from images import after_crop
+from loading.batches import VIEW, Batches, Feed, generator
+from loading.images import after_crop
 
 
 def check_batch(batch_size: int, images: int, world: int) -> None:

@@ -22,10 +22,12 @@ from sklearn.metrics import precision_recall_curve
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 
-from batches import generator
-from eval.common import features, finish, load_backbone, start
+from eval.command import finish, start
+from eval.features import features
+from eval.weights import load_backbone
 from flags import UserError, in_range, launch, reading
-from images import LargeImages, decode
+from loading.batches import generator
+from loading.images import LargeImages, decode
 
 COSTS = sorted([2.0**i for i in range(-19, -3)] + [10.0**i for i in range(-7, 3)])  # 26, as in the benchmark's code
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)

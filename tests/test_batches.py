@@ -14,9 +14,9 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 import data
-import images
-from batches import ORDER, Batches, Feed, Place, StreamBatches, generator, places_of
 from flags import UserError
+from loading import images
+from loading.batches import ORDER, Batches, Feed, Place, StreamBatches, generator, places_of
 from tests.test_data import RECIPES, encoded, every_source, folder, picture, spoiled, table
 
 
@@ -157,7 +157,7 @@ def epoch_of(source, number, reader=0, **changed):
 @pytest.mark.parametrize("kind", ["shards", "rows.parquet", "saved", "folder", "shard.tar", "digits"])
 def test_streams_go_on_anywhere(place, monkeypatch, kind, workers):
     """From the places after any batch: mid-block, mid-epoch, at an epoch's edge; however the images are stored."""
-    monkeypatch.setattr("batches.BLOCK", 5)
+    monkeypatch.setattr("loading.batches.BLOCK", 5)
     if kind in ("shard.tar", "rows.parquet") and workers:
         pytest.skip("one file is one shard, for one worker")
     made = {"shards": parquets(place, table(60), 4), "digits": "digits", **every_source(place)}
@@ -177,7 +177,7 @@ def test_streams_go_on_anywhere(place, monkeypatch, kind, workers):
 
 
 def test_an_epoch_of_a_stream_shows_every_image_once_in_another_order(place, monkeypatch):
-    monkeypatch.setattr("batches.BLOCK", 7)
+    monkeypatch.setattr("loading.batches.BLOCK", 7)
     rows = table(48)
     source = data.open_source(str(parquets(place, rows, 4)), streaming=True, label_column="none")
     every = sorted(record["image"]["bytes"] for record in source.train)
@@ -199,7 +199,7 @@ def test_more_processes_than_shards_share_the_rows(place):
 def test_a_stream_goes_on_without_what_it_skips(place, monkeypatch):
     """Far into an epoch it opens no shard but those of its block, and decodes no image twice."""
     source = data.open_source(str(parquets(place, table(64), 16)), streaming=True, label_column="none")
-    monkeypatch.setattr("batches.BLOCK", 4)
+    monkeypatch.setattr("loading.batches.BLOCK", 4)
     stream = feed(source, part_size=4)
     for _ in range(14):
         next(stream)
@@ -207,7 +207,7 @@ def test_a_stream_goes_on_without_what_it_skips(place, monkeypatch):
     shard = type(source.train).shard
     monkeypatch.setattr(type(source.train), "shard", lambda self, n, i, **k: opened.append(i) or shard(self, n, i, **k))
     crops = images.crops
-    monkeypatch.setattr("batches.crops", lambda *given: decoded.append(1) or crops(*given))
+    monkeypatch.setattr("loading.batches.crops", lambda *given: decoded.append(1) or crops(*given))
     again = feed(source, start=14, places=stream.places, part_size=4)
     next(again)
     order = torch.randperm(16, generator=generator(2, ORDER, 0)).tolist()
@@ -224,7 +224,7 @@ def test_places_of_other_processes_begin_the_next_epoch():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_of_a_stream_do_not_shift_a_resume(place, monkeypatch, workers):
-    monkeypatch.setattr("batches.BLOCK", 5)
+    monkeypatch.setattr("loading.batches.BLOCK", 5)
     path = spoiled(place, 40, bad=range(0, 40, 7))
     source = data.open_source(str(path), streaming=True, label_column="none", skip_bad_images=True)
     stream = feed(source, workers, skip_bad=True)
@@ -274,7 +274,7 @@ def test_workers_end_with_a_program_that_still_holds_them(place):
     program = """
 import sys
 import data
-from batches import Batches, Feed
+from loading.batches import Batches, Feed
 from tests.test_data import RECIPES
 source = data.open_source("rows.parquet", label_column="none")
 made = Batches(source, RECIPES, batch_size=4, part_size=4, rank=0, world=1, seed=0)

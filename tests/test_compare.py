@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from eval.common import write_result
 from eval.compare import against_sim, compare, paired, values_of
+from eval.results import write_result
 from flags import UserError
 
 

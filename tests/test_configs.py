@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-import runs
 from tests.test_train import lines
+from training import folder as run_folder
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--method simclr --split train[:200] --batch_size 32 --log_every 1 --eval_every 0 --out run".split()
@@ -71,7 +71,7 @@ def test_the_slurm_script_queues_itself_again_and_goes_on(place):
     said = Path("said").read_text()
     assert "--num_processes 16 --machine_rank 0 --main_process_ip node1 --main_process_port 20123 bsim.py" in said
     assert said.endswith("scancel --signal=TERM 123\nscontrol requeue 123\n")
-    step = int(runs.last_checkpoint(Path("run")).name[5:])
+    step = int(run_folder.last_checkpoint(Path("run")).name[5:])
     assert 3 <= step < 80
     assert subprocess.run([*command, "80"], env=environment, capture_output=True).returncode == 0
     assert [line["step"] for line in lines("run")] == list(range(1, 81))

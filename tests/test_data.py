@@ -11,11 +11,10 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
-import batches
 import data
-import images
 from bsim import ViewRecipe
 from flags import UserError
+from loading import batches, images
 
 RECIPES = (ViewRecipe(16), ViewRecipe(16, scale=(0.5, 1)))
 

@@ -17,14 +17,14 @@ from datasets import Dataset, Features, List, Value
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import runs
 from eval.boxes import VOC_CLASSES, Batches, average_precision, mask_of, open_scenes, picture, run_lengths
-from eval.common import read_results
 from eval.detect import RECIPES, _lr, _settings, detect
 from eval.detector import detector
+from eval.results import read_results
 from flags import UserError
 from methods.networks import backbone
 from tests.scenes import coco_folder, scene, voc_folder
+from training import folder as run_folder
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(
@@ -389,7 +389,7 @@ def test_a_run_leaves_its_result_and_goes_on_as_if_nothing_had_been(place, capsy
     assert line["settings"]["steps"] == 5 and line["settings"]["backbone"] == "resnet_tiny"
     said = capsys.readouterr().out
     assert "mask_AP75" in said and f"added to {run / 'results.jsonl'}" in said
-    lines = runs.read_metrics(folder)
+    lines = run_folder.read_metrics(folder)
     assert [line["step"] for line in lines] == [2, 4, 5]
     for line in lines:
         parts = [value for name, value in line.items() if name.startswith("loss_")]
@@ -401,7 +401,7 @@ def test_a_run_leaves_its_result_and_goes_on_as_if_nothing_had_been(place, capsy
 
     detect(**options, out="cut")
     # Back to the state after step 3, as a kill leaves it.
-    for path in (last := runs.last_checkpoint(Path("cut"))).iterdir():
+    for path in (last := run_folder.last_checkpoint(Path("cut"))).iterdir():
         path.unlink()
     last.rmdir()
     Path("cut/result.json").unlink()
@@ -412,7 +412,9 @@ def test_a_run_leaves_its_result_and_goes_on_as_if_nothing_had_been(place, capsy
     assert detect(resume="cut", workers=1) == metrics
     one, two = ends(folder), ends("cut")
     assert all(torch.equal(one[name], two[name]) for name in one)
-    stripped = [[{**line, "images_per_second": 0} for line in runs.read_metrics(f)] for f in (folder, Path("cut"))]
+    stripped = [
+        [{**line, "images_per_second": 0} for line in run_folder.read_metrics(f)] for f in (folder, Path("cut"))
+    ]
     assert stripped[0] == stripped[1]
     assert not torch.equal(one["backbone.stem.0.weight"], network.conv1.weight)  # it was trained
     assert torch.allclose(one["backbone.stem.0.weight"], network.conv1.weight, atol=0.1)  # and from the run's
@@ -427,15 +429,15 @@ def test_a_signal_saves_and_says_how_to_go_on(place):
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
-    while not Path("run/metrics.jsonl").exists() or len(runs.read_metrics(Path("run"))) < 2:
+    while not Path("run/metrics.jsonl").exists() or len(run_folder.read_metrics(Path("run"))) < 2:
         assert run.poll() is None, run.stderr.read()
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     out, _ = run.communicate(timeout=60)
-    step = int(runs.last_checkpoint(Path("run")).name[5:])
+    step = int(run_folder.last_checkpoint(Path("run")).name[5:])
     assert run.returncode == 0
     assert f"stopped at step {step}; go on with: python -m eval.detect --resume run" in out.decode()
-    assert runs.read_metrics(Path("run"))[-1]["step"] == step and not Path("run/result.json").exists()
+    assert run_folder.read_metrics(Path("run"))[-1]["step"] == step and not Path("run/result.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -513,7 +515,7 @@ def test_two_processes_share_a_run_and_go_on_as_if_nothing_had_been(place):
     one, two = ends("two"), ends("cut")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert Path("two/result.json").read_text() == Path("cut/result.json").read_text()
-    assert [line["step"] for line in runs.read_metrics(Path("cut"))] == [2, 4, 5]
+    assert [line["step"] for line in run_folder.read_metrics(Path("cut"))] == [2, 4, 5]
     assert len(read_results(Path())) == 2
 
 

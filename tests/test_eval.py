@@ -1,6 +1,7 @@
 """Evaluation on finished runs: k-NN, linear, few labels; what is refused; what is written down."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,17 @@ from datasets import Image as ImageFeature
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
-import runs
-from eval import common
+import data
+from bsim import ViewRecipe, make_view
 from eval.knn import knn, knn_predict, knn_votes
 from eval.linear import choose_strength, fingerprint, fit_logistic, linear
+from eval.results import read_results, write_result
 from eval.semi import balanced_part, semi
+from eval.weights import load_backbone
 from flags import UserError, help_text
 from tests.test_data import folder, picture, table
 from train import pretrain
+from training import folder as run_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,11 +40,11 @@ def run(tmp_path_factory):
 
 
 def before_training(run):
-    return next(line for line in runs.read_metrics(run) if "knn_pixels" in line)
+    return next(line for line in run_folder.read_metrics(run) if "knn_pixels" in line)
 
 
 def last_line(run):
-    return common.read_results(run)[-1]
+    return read_results(run)[-1]
 
 
 # k-NN.
@@ -77,7 +81,7 @@ def test_knn_is_the_brute_force_one_on_every_query(k, tile):
 
 def test_knn_of_a_run_is_the_one_it_ended_with(run, capsys):
     metrics = knn(run=str(run))
-    assert metrics["top1"] == pytest.approx(runs.read_metrics(run)[-1]["knn"], abs=1e-3)
+    assert metrics["top1"] == pytest.approx(run_folder.read_metrics(run)[-1]["knn"], abs=1e-3)
     assert metrics["pixels_top1"] == pytest.approx(before_training(run)["knn_pixels"], abs=1e-3)
     assert metrics["top5"] > metrics["top1"]
     line = last_line(run)
@@ -88,7 +92,7 @@ def test_knn_of_a_run_is_the_one_it_ended_with(run, capsys):
 
 def test_a_checkpoint_a_file_and_a_name_are_backbones_too(run, place):
     half = knn(run=str(run / "checkpoints" / "step_000015"))
-    ends = {line["step"]: line["knn"] for line in runs.read_metrics(run) if "knn" in line}
+    ends = {line["step"]: line["knn"] for line in run_folder.read_metrics(run) if "knn" in line}
     assert half["top1"] == pytest.approx(ends[15], abs=1e-3) and last_line(run)["metrics"] == half
     (place / "weights").mkdir()
     weights = place / "weights" / "backbone.safetensors"
@@ -102,10 +106,10 @@ def test_a_checkpoint_a_file_and_a_name_are_backbones_too(run, place):
 
 def test_results_are_only_ever_added_to(place, capsys):
     (place / "results.jsonl").write_text('{"protocol": "old"}\n{"half": ')
-    common.write_result(place, "knn", "digits", {"seed": 3}, {"top1": 1.0})
+    write_result(place, "knn", "digits", {"seed": 3}, {"top1": 1.0})
     lines = (place / "results.jsonl").read_text().splitlines()
     assert lines[:2] == ['{"protocol": "old"}', '{"half": '] and json.loads(lines[2])["seed"] == 3
-    assert [line["protocol"] for line in common.read_results(place)] == ["old", "knn"]
+    assert [line["protocol"] for line in read_results(place)] == ["old", "knn"]
     assert capsys.readouterr().err == f"{place / 'results.jsonl'}: line 2 was cut off and is left out\n"
 
 
@@ -115,14 +119,14 @@ def test_results_are_only_ever_added_to(place, capsys):
 def test_features_agree_with_scikit_learn(run):
     metrics = linear(run=str(run))
     settings = last_line(run)["settings"]
-    loaded = common.load_backbone(str(run))
-    train, test = common.data.open_labelled("digits", seed=0)
+    loaded = load_backbone(str(run))
+    train, test = data.open_labelled("digits", seed=0)
     found = []
     for part in (train, test):
         pixels = part.images.whole(part.rows, None)[0]
-        clean = common.ViewRecipe(16, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
+        clean = ViewRecipe(16, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
         with torch.no_grad():
-            found.append(loaded.network.eval()(common.make_view(pixels, clean, generator=torch.Generator())).numpy())
+            found.append(loaded.network.eval()(make_view(pixels, clean, generator=torch.Generator())).numpy())
     assert set(settings["accuracy_by_C"]) >= {"1.0", "0.1"}
     centre, scale = found[0].mean(0), found[0].std(0) + 1e-6
     model = LogisticRegression(C=settings["C"], max_iter=3000).fit((found[0] - centre) / scale, train.labels.numpy())
@@ -159,7 +163,7 @@ def test_sgd_learns_and_leaves_the_backbone_alone(run, monkeypatch, preset):
     rate = {"moco": 3.0, "simsiam": 2.0}[preset]
     metrics = linear(run=str(run), protocol="sgd", preset=preset, epochs=8, batch_size=64, lr=rate)
     assert metrics["top1"] > 70
-    assert kept[0] == kept[1] == whole(common.load_backbone(str(run)).network)
+    assert kept[0] == kept[1] == whole(load_backbone(str(run)).network)
     assert last_line(run)["settings"]["optimizer"] == {"moco": "sgd", "simsiam": "lars"}[preset]
 
 
@@ -196,7 +200,7 @@ def test_more_labels_help_and_the_file_stays(run):
 
 def test_a_list_of_names_is_the_part(place, monkeypatch, capsys):
     path = folder(place, 40, (70, 80))
-    train, _ = common.data.open_labelled(str(path), seed=0)
+    train, _ = data.open_labelled(str(path), seed=0)
     picked = [train.rows[train.labels == number][:3] for number in (0, 1)]
     names = [Path(train.images.table[row]["image"]["path"]).name for row in torch.cat(picked).tolist()]
     (place / "list.txt").write_text("".join(f"n01/{name}\n" for name in names))
@@ -287,7 +291,7 @@ def test_two_processes_evaluate_as_one(run):
     head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     head += ["-m", "--", "eval.linear"]  # torchrun would take --run for its own --run-path
     words = f"--run {run} --protocol sgd --epochs 8 --batch_size 64 --lr 1".split()
-    environment = {**common.os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*head, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     # Each image is drawn by another generator, so the two are alike, not equal; and one line is written, not two.

@@ -15,12 +15,13 @@ import torchvision
 from huggingface_hub import ModelCard
 
 import flags
-import runs
 from bsim import ViewRecipe
-from eval.common import Backbone, load_backbone, write_result
 from eval.export import detectron2_key, export, torchvision_model
+from eval.results import write_result
+from eval.weights import Backbone, load_backbone
 from flags import UserError
 from methods.networks import backbone
+from training import folder as run_folder
 
 CONFIG = dict(
     method="moco", sim_weight=0.5, mix="cutmix", dataset="my/pictures", steps=1234, batch_size=256, lr=0.03, seed=7
@@ -44,8 +45,8 @@ def a_run(place, name, size):
     folder = place / f"{name}-{size}"
     folder.mkdir()
     network = trained(name, size)
-    runs.save_backbone(folder, network)
-    runs.write_json(
+    run_folder.save_backbone(folder, network)
+    run_folder.write_json(
         folder / "config.json", {**CONFIG, "backbone": name, "image_size": size, "versions": {"torch": "9.8.7"}}
     )
     return folder, features(network, size)
@@ -205,7 +206,7 @@ def test_a_folder_for_the_hub(place, capsys, name, size):
 
 def test_the_card_of_a_plain_run_does_not_say_bsim(place):
     folder, _ = a_run(place, "test_resnet", 80)
-    runs.write_json(folder / "config.json", {**runs.config_of(folder), "sim_weight": 1.0})
+    run_folder.write_json(folder / "config.json", {**run_folder.config_of(folder), "sim_weight": 1.0})
     card = ModelCard((export(run=str(folder), format="hub") / "README.md").read_text())
     assert "bsim" not in card.data.tags and "by MOCO;" in card.text and "None was run." in card.text
 
@@ -265,7 +266,7 @@ def test_a_run_that_cannot_be_exported_is_one_line_and_code_2(place, monkeypatch
     elif wrong == "damaged":
         weights.write_bytes(weights.read_bytes()[:1000])
     else:
-        runs.save_backbone(folder, backbone("resnet10t", 96))
+        run_folder.save_backbone(folder, backbone("resnet10t", 96))
     monkeypatch.setattr(sys, "argv", ["eval.export", "--run", str(folder), "--format", "hub"])
     with pytest.raises(SystemExit) as stopped:
         flags.launch(export, "eval.export")

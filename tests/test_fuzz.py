@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-import images
+from loading import images
 from tests.test_data import encoded, picture
 
 KINDS = {

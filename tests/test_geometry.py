@@ -1,6 +1,7 @@
 """Measures of the sphere against closed forms, and the picture that lays runs side by side."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from eval import common
+import data
+from bsim import ViewRecipe, make_view
 from eval.geometry import effective_rank, geometry, measures, name_of, variance_shares
+from eval.results import read_results
+from eval.weights import load_backbone, load_method
 from flags import UserError
+from loading.batches import generator
 from train import pretrain
 
 
@@ -47,16 +52,16 @@ def test_a_run_is_measured_and_drawn_beside_another(pair, place):
     metrics = geometry(run=pair[0], beside=f"{pair[1]}, resnet_tiny", images=150, out="side.png")
     again = geometry(run=pair[0], images=150)
     assert again == metrics and "variance_shares" in metrics
-    assert common.read_results(common.Path(pair[0]))[-1]["metrics"] == metrics
+    assert read_results(Path(pair[0]))[-1]["metrics"] == metrics
     # The same numbers from the features themselves.
-    loaded = common.load_backbone(pair[0])
-    _, test = common.data.open_labelled("digits", seed=0)
-    rows = test.rows[torch.randperm(179, generator=common.batches.generator(0, 3))[:150].sort().values]
-    clean = common.ViewRecipe(16, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
-    view = common.make_view(test.images.whole(rows, None)[0], clean, generator=torch.Generator())
+    loaded = load_backbone(pair[0])
+    _, test = data.open_labelled("digits", seed=0)
+    rows = test.rows[torch.randperm(179, generator=generator(0, 3))[:150].sort().values]
+    clean = ViewRecipe(16, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
+    view = make_view(test.images.whole(rows, None)[0], clean, generator=torch.Generator())
     with torch.no_grad():
         x = F.normalize(loaded.network.eval()(view), dim=1)
-        z = F.normalize(common.load_method(loaded).eval().projector(loaded.network(view)), dim=1)
+        z = F.normalize(load_method(loaded).eval().projector(loaded.network(view)), dim=1)
     for name, features in (("", x), ("embedding_", z)):
         distances = torch.pdist(features.double()) ** 2
         assert metrics[name + "uniformity"] == pytest.approx(float((-2 * distances).exp().mean().log()), abs=1e-4)
@@ -69,7 +74,7 @@ def test_a_run_is_measured_and_drawn_beside_another(pair, place):
 
 
 def test_it_never_draws_over_a_picture(pair):
-    folder = common.Path(pair[1])
+    folder = Path(pair[1])
     geometry(run=pair[1], images=120)
     first = (folder / "geometry.png").read_bytes()
     geometry(run=pair[1], images=130)
@@ -77,7 +82,7 @@ def test_it_never_draws_over_a_picture(pair):
 
 
 def test_what_stands_above_a_run(pair):
-    assert [name_of(common.load_backbone(run), run) for run in pair] == ["byol, SIM", "byol, BSIM"]
+    assert [name_of(load_backbone(run), run) for run in pair] == ["byol, SIM", "byol, BSIM"]
 
 
 def test_refusals(pair):

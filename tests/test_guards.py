@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import guards
-import runs
 from flags import RunError
 from methods import METHODS
 from train import pretrain
+from training import folder as run_folder
+from training import guards
 
 ROOT = Path(__file__).parent.parent
 SHORT = dict(dataset="digits", split="train[:200]", batch_size=32, log_every=2, eval_every=0)
@@ -26,18 +26,18 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(place):
     run = subprocess.Popen(
         [sys.executable, str(ROOT / "bsim.py"), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     )
-    while not Path("run/metrics.jsonl").exists() or len(runs.read_metrics(Path("run"))) < 3:
+    while not Path("run/metrics.jsonl").exists() or len(run_folder.read_metrics(Path("run"))) < 3:
         assert run.poll() is None, run.stderr.read()
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     out, _ = run.communicate(timeout=60)
-    last = runs.last_checkpoint(Path("run"))
+    last = run_folder.last_checkpoint(Path("run"))
     step = int(last.name[5:])
     assert run.returncode == 0
     assert f"stopped at step {step}; go on with: accelerate launch bsim.py --resume run" in out.decode()
-    assert runs.read_metrics(Path("run"))[-1]["step"] == step
+    assert run_folder.read_metrics(Path("run"))[-1]["step"] == step
     pretrain(resume="run", steps=step + 2)
-    assert [line["step"] for line in runs.read_metrics(Path("run"))] == list(range(1, step + 3))
+    assert [line["step"] for line in run_folder.read_metrics(Path("run"))] == list(range(1, step + 3))
 
 
 def killed(*words):
@@ -75,7 +75,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(place):
         assert left == ["step_000001", "step_000002"]
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         folder = pretrain(resume=str(disk / "run"))
-        assert [line["step"] for line in runs.read_metrics(folder)] == [2, 4, 5]
+        assert [line["step"] for line in run_folder.read_metrics(folder)] == [2, 4, 5]
     finally:
         subprocess.run(["umount", "-l", str(disk)])
 
@@ -99,10 +99,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(place, monkeypatch, accumulate):
     found = json.loads(Path("run/failure.json").read_text())
     assert found["step"] == 5 and len(found["rows"]) == 32
     assert [p.name for p in Path("run/checkpoints").iterdir()] == ["step_000003"]
-    assert [line["step"] for line in runs.read_metrics(Path("run"))] == [4]
+    assert [line["step"] for line in run_folder.read_metrics(Path("run"))] == [4]
     assert RunError.code == 1
     pretrain(resume="run")  # the cause is gone: it goes on from the good one
-    assert runs.read_metrics(Path("run"))[-1]["step"] == 8
+    assert run_folder.read_metrics(Path("run"))[-1]["step"] == 8
 
 
 def test_collapse_is_said_once_and_only_when_it_lasts():

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import runs
 from tests.test_train import same
+from training import folder as run_folder
 
 ROOT = Path(__file__).parent.parent
 NODES = ("bsim-test-0", "bsim-test-1")
@@ -117,10 +117,12 @@ def test_two_nodes_train_as_one_and_survive_the_loss_of_one(nodes, place):
             assert second.wait(timeout=60) != 0  # it has lost the first
         ip(f"-n {NODES[1]} link set cable1 up")
         said = Path("node0.log").read_text()
-        last = runs.last_checkpoint(Path(way))
+        last = run_folder.last_checkpoint(Path(way))
         assert f"{last} is whole: start again with --resume {way}" in said
         assert ("process 1 on " if way == "cable" else "another process has ended") in said
         with started("--resume", way) as both:
             finish(both)
-        assert same(*(load_file(runs.last_checkpoint(Path(run)) / "method.safetensors") for run in (way, "whole")))
+        assert same(
+            *(load_file(run_folder.last_checkpoint(Path(run)) / "method.safetensors") for run in (way, "whole"))
+        )
     assert max(took.values()) < 60, took

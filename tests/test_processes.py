@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import runs
 from tests.test_data import table
 from tests.test_train import lines, same, weights
 from train import pretrain
+from training import folder as run_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,12 +44,12 @@ def test_two_processes_stop_together_and_go_on_as_if_nothing_had_been(place):
     worker = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()[-1]
     os.kill(int(worker), signal.SIGTERM)
     said, _ = run.communicate(timeout=60)
-    step = int(runs.last_checkpoint(Path("cut")).name[5:])
+    step = int(run_folder.last_checkpoint(Path("cut")).name[5:])
     assert run.returncode == 0 and 14 <= step < 60
     assert said.count(f"stopped at step {step}; go on with: accelerate launch bsim.py --resume cut") == 1
     assert "note: on CPUs" not in said  # moco shuffles, which CPUs can
     torchrun(place, 2, "--resume", "cut")
-    one, two = (load_file(runs.last_checkpoint(Path(run)) / "method.safetensors") for run in ("whole", "cut"))
+    one, two = (load_file(run_folder.last_checkpoint(Path(run)) / "method.safetensors") for run in ("whole", "cut"))
     assert int(one["oldest"]) == 60 * 32 % len(one["queue"])  # both processes' keys
     assert json.loads(Path("whole/config.json").read_text())["batch_size"] == 32 and lines("whole")[-1]["knn"] > 0
     for name, value in one.items():  # running statistics were averaged once more: equal, but for rounding

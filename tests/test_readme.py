@@ -125,7 +125,9 @@ def test_every_flag_it_names_exists():
 
 def test_it_names_every_evaluation():
     files = {path.stem for path in (Path(__file__).parent.parent / "eval").glob("*.py")}
-    assert files - {"__init__", "common", "supervised", "boxes", "detector"} == set(EVALUATIONS)
+    assert files - {"__init__", "weights", "features", "results", "command", "supervised", "boxes", "detector"} == set(
+        EVALUATIONS
+    )
     assert all(f"| `eval.{name}` |" in TEXT for name in EVALUATIONS)
 
 

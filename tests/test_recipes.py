@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 import flags
-import settings
 from methods import METHODS
 from tests.test_data import table
 from train import pretrain
+from training import settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FILES = sorted(path.stem for path in RECIPES.glob("*.sh"))

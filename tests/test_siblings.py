@@ -16,9 +16,9 @@ from benchmarks.siblings import SIBLINGS, imix, keymix, mixco, reversed_mixture,
 from bsim import info_nce, mixup, sample_mixture
 from methods import METHODS
 from methods.networks import SMALL
-from runs import read_metrics
 from tests.test_methods import SCALE, Counting, N
 from train import pretrain
+from training.folder import read_metrics
 
 
 def inputs(seed=0, n=5, d=4, k=3):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from eval.common import write_result
+from eval.results import write_result
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import runs
 from flags import UserError
 from methods import METHODS
 from methods.networks import backbone
 from train import _lr, pretrain
+from training import folder as run_folder
 
 ROOT = Path(__file__).parent.parent
 SHORT = dict(dataset="digits", split="train[:200]", batch_size=32, steps=6, log_every=2, eval_every=3)
@@ -29,7 +29,7 @@ def same(one, two):
 
 
 def lines(folder):
-    return runs.read_metrics(Path(folder))
+    return run_folder.read_metrics(Path(folder))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -107,7 +107,7 @@ def test_a_finished_run_can_be_trained_longer(place):
 def test_parts_of_a_batch_add_up(place, monkeypatch):
     """Without batch norm, whose statistics are a part's own, two parts take the step of the whole batch."""
     monkeypatch.setattr("train.make_view", lambda images, recipe, generator: images[..., :8, :8].float() / 255)
-    monkeypatch.setattr("settings.build_backbone", lambda name, size: Plain())
+    monkeypatch.setattr("training.settings.build_backbone", lambda name, size: Plain())
     monkeypatch.setattr("methods.networks.nn.BatchNorm1d", lambda width, affine: nn.Identity())
     options = dict(method="simsiam", sim_weight=1.0, lr=0.5, image_size=8, **{**SHORT, "eval_every": 0})
     one, two = (weights(pretrain(**options, accumulate=n, out=f"parts{n}")) for n in (1, 2))
@@ -358,12 +358,12 @@ def test_a_corrupt_image_ends_a_run_before_it_writes(place):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "config.json"
-    runs.write_json(path, {"a": 1})
+    run_folder.write_json(path, {"a": 1})
 
     def fails(file):
         file.write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError):
-        runs.write(path, fails)
+        run_folder.write(path, fails)
     assert json.loads(path.read_text()) == {"a": 1}

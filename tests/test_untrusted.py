@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import data
-import runs
 from flags import UserError
 from tests.test_data import encoded, folder, picture
 from train import pretrain
+from training import folder as run_folder
 
 ROOT = Path(__file__).parent.parent
 RUN = dict(backbone="resnet_tiny", image_size=16, batch_size=8, steps=1, label_column="none", out="out")
@@ -29,7 +29,7 @@ def files(place):
     "spec", ["../../x", "/etc/passwd", "..", "a/../../b", "x\n/../../y", "~/..", "c:\\x", "*.png", ""]
 )
 def test_a_dataset_name_does_not_choose_where_is_written(place, spec):
-    folder = runs.choose(None, "byol", spec)
+    folder = run_folder.choose(None, "byol", spec)
     assert folder.parent == Path("runs") and re.fullmatch(r"byol-[\w-]+-001", folder.name)
 
 
@@ -82,7 +82,7 @@ class Evil:
 
 def test_a_pickle_in_a_checkpoint_does_not_run(place):
     pretrain(dataset="digits", split="train[:100]", **{**RUN, "steps": 2})
-    last = runs.last_checkpoint(Path("out"))
+    last = run_folder.last_checkpoint(Path("out"))
     (last / "optimizer.pt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(UserError, match="is damaged .*; without it --resume takes the one before"):
         pretrain(resume="out", steps=4)

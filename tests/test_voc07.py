@@ -15,8 +15,8 @@ from torch import nn
 
 import eval.voc07 as module
 import flags
-from eval.common import Backbone
 from eval.voc07 import COSTS, average_precisions, draw, full, low_shot, read_sets, svm, truths, voc07
+from eval.weights import Backbone
 from flags import UserError
 from tests.scenes import SCANS, voc_folder
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 import data
-import dry_run
 import flags
-import runs
 from flags import UserError, first_line, nearest, one_of
 from methods import METHODS
 from methods.networks import SMALL, backbone_names
 from methods.networks import backbone as build_backbone
+from training import dry_run
+from training import folder as run_folder
 
 OPTIMIZERS = ("sgd", "lars", "adamw")
 LOOP = ("optimizer", "lr", "weight_decay", "warmup_epochs")  # of a method's defaults, those its network does not take
@@ -47,7 +47,7 @@ def read(given: dict, defaults: dict) -> tuple[dict, Path | None]:
 
 def _resumed(folder, changed, defaults):
     """The settings of the run in `folder`, with those of `changed` that may change."""
-    config = runs.config_of(folder)
+    config = run_folder.config_of(folder)
     differ = [k for k, v in changed.items() if k not in MAY_CHANGE and config.get(k) != v]
     if differ:
         rows = "".join(f"\n  {k:<18} {config.get(k)!s:<18} {changed[k]}" for k in differ)

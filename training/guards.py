@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-import runs
 from flags import RunError, UserError
+from training import folder as run_folder
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME = 3  # seconds within which a signal repeats the one before
@@ -52,7 +52,7 @@ def leaves_nothing(folder: Path, start: int):
     except RunError:
         raise
     except UserError:
-        if start == 0 and runs.last_checkpoint(folder) is None:
+        if start == 0 and run_folder.last_checkpoint(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -72,8 +72,8 @@ def check_finite(accelerator, losses: list, folder: Path, done: int, s: dict, lr
     rows = batches.step_rows(step - 1).tolist() if hasattr(batches, "step_rows") else None
     found = {"step": step, "lr": lr(step - 1, s), "rows": rows}
     if accelerator.is_main_process:
-        runs.write_json(folder / "failure.json", found)
-    last = runs.last_checkpoint(folder)
+        run_folder.write_json(folder / "failure.json", found)
+    last = run_folder.last_checkpoint(folder)
     where = f", rows {', '.join(map(str, rows[:8]))}, ... (all in {folder / 'failure.json'})" if rows else ""
     good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
     raise RunError(f"the loss is not finite at step {step}, lr {found['lr']:g}{where}; {good}. Try a lower --lr")

@@ -6,7 +6,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from runs import read_metrics, write
+from training.folder import read_metrics, write
 
 matplotlib.use("Agg")
 # Okabe and Ito's blue, vermilion and purple: told apart by everyone.

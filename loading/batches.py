@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flags import UserError, reading
-from images import bad_row, crops, mark, stacked
+from loading.images import bad_row, crops, mark, stacked
 
 ORDER, CROP, VIEW, SPLIT = range(4)  # what a generator is for: keeps the streams of draws apart
 BLOCK = 1000  # rows of a stream that are shuffled together, at least

@@ -12,9 +12,9 @@ from itertools import count
 import torch
 import torch.distributed as dist
 
-import runs
 from flags import RunError, first_line
 from methods.networks import processes
+from training import folder as run_folder
 
 BEAT, SILENCE = 5, 30  # seconds between signs of life, and without one until a process counts as lost
 
@@ -70,7 +70,7 @@ class Peers:
             self.beating.join(BEAT)
 
     def _advice(self):
-        last = runs.last_checkpoint(self.folder) if self.folder else None
+        last = run_folder.last_checkpoint(self.folder) if self.folder else None
         return f"{last} is whole: start again with --resume {self.folder}" if last else "there is no checkpoint yet"
 
     def _end(self, lost):

@@ -1,0 +1,45 @@
+"""Features of labelled images, computed by every process for its share, and the accuracy of scores."""
+
+import torch
+
+import data
+from bsim import ViewRecipe, make_view
+from loading import batches
+
+
+@torch.no_grad()
+def features(accelerator, network, part, *, image_size, workers=0):
+    """Features and labels (-1: none, or a bad image) of (images, rows) on every process; each computes its share."""
+    images, rows = part
+    rank, world = accelerator.process_index, accelerator.num_processes
+    padded = rows[torch.arange(-(-len(rows) // world) * world) % len(rows)]
+    clean = ViewRecipe(image_size, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
+    found, readable = [], []
+    for batch, good in batches.whole_images(images, padded[rank::world], image_size, workers=workers):
+        view = make_view(batch.to(accelerator.device), clean, generator=torch.Generator())
+        with accelerator.autocast():
+            found.append(network(view).float())
+        readable.append(good.to(accelerator.device))
+
+    def everyones(parts):
+        return accelerator.gather(torch.cat(parts)).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[: len(rows)]
+
+    labels = images.labels(rows).to(accelerator.device)
+    return everyones(found), labels.masked_fill(~everyones(readable), -1)
+
+
+def labelled_features(task, part: data.Labelled, network=None):
+    """(features [N, D], classes [N]) of all readable images of `part`, on every process."""
+    network = network or task.backbone.network.eval()
+    found, known = features(
+        task.accelerator, network, part[:2], image_size=task.backbone.image_size, workers=task.settings["workers"]
+    )
+    good = known >= 0
+    return found[good], part.labels.to(found.device)[good]
+
+
+def topk_accuracy(scores, labels) -> dict:
+    """{"top1", "top5"} in per cent of scores [N, C] for labels [N]; no top5 for five classes or fewer."""
+    ranks = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+    found = {"top1": float(ranks[:, :1].any(1).float().mean() * 100)}
+    return found | ({"top5": float(ranks.any(1).float().mean() * 100)} if scores.shape[1] > 5 else {})

@@ -1,0 +1,1 @@
+"""How a dataset becomes batches of uint8 images."""
