@@ -16,7 +16,7 @@ from tests.test_data import encoded, folder, picture
 from train import pretrain
 from training import folder as run_folder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RUN = dict(backbone="resnet_tiny", image_size=16, batch_size=8, steps=1, label_column="none", out="out")
 OUTSIDE = ("../../evil.png", "/tmp/bsim-evil.png", "../out/backbone.safetensors", "a/../../../evil.png")
 

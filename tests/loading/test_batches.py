@@ -281,5 +281,5 @@ made = Batches(source, RECIPES, batch_size=4, part_size=4, rank=0, world=1, seed
 sys.modules["held"] = feed = Feed(made, 0, 1000, 2, pin=False)
 next(feed)
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)

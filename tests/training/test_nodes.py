@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.test_train import same
 from training import folder as run_folder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NODES = ("bsim-test-0", "bsim-test-1")
 WORDS = "--method moco --sim_weight 0.5 --split train[:200] --batch_size 32 --steps 120 --checkpoint_every 5".split()
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ from train import pretrain
 from training import folder as run_folder
 from training import guards
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHORT = dict(dataset="digits", split="train[:200]", batch_size=32, log_every=2, eval_every=0)
 
 

@@ -18,7 +18,7 @@ from tests.test_train import lines, same, weights
 from train import pretrain
 from training import folder as run_folder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def torchrun(place, processes, *words):

@@ -9,7 +9,7 @@ from scipy import stats
 
 from eval.results import write_result
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import findings  # noqa: E402
 import study  # noqa: E402

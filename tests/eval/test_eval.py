@@ -26,7 +26,7 @@ from tests.test_data import folder, picture, table
 from train import pretrain
 from training import folder as run_folder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from eval.detector import detector
 from eval.results import read_results
 from flags import UserError
 from methods.networks import backbone
-from tests.scenes import coco_folder, scene, voc_folder
+from tests.eval.scenes import coco_folder, scene, voc_folder
 from training import folder as run_folder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = dict(
     run="resnet_tiny", init="random", batch_size=2, min_size=32, workers=0, log_every=2, checkpoint_every=3, steps=5
 )

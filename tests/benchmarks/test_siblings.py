@@ -16,7 +16,7 @@ from benchmarks.siblings import SIBLINGS, imix, keymix, mixco, reversed_mixture,
 from bsim import info_nce, mixup, sample_mixture
 from methods import METHODS
 from methods.networks import SMALL
-from tests.test_methods import SCALE, Counting, N
+from tests.methods.test_methods import SCALE, Counting, N
 from train import pretrain
 from training.folder import read_metrics
 

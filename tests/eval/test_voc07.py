@@ -18,7 +18,7 @@ import flags
 from eval.voc07 import COSTS, average_precisions, draw, full, low_shot, read_sets, svm, truths, voc07
 from eval.weights import Backbone
 from flags import UserError
-from tests.scenes import SCANS, voc_folder
+from tests.eval.scenes import SCANS, voc_folder
 
 GRID = [0.1, 1.0, 10.0]  # in the place of the 26 costs where they would take the tests a minute
 

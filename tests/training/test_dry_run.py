@@ -106,7 +106,7 @@ def test_refusals_write_nothing(place, options, message):
 
 @pytest.mark.slow
 def test_two_processes_speak_once(place):
-    from tests.test_processes import torchrun
+    from tests.training.test_processes import torchrun
 
     words = "--split train[:200] --batch_size 32 --steps 5000 --dry_run 8 --method simclr".split()
     said = torchrun(place, 2, *words).stdout
