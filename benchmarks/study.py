@@ -200,7 +200,9 @@ def conclude(out: Path, options, commit: str) -> None:
         metrics = "knn top1,linear features top1,geometry uniformity,geometry embedding_uniformity"
         if names:
             compare(
-                ",".join(str(out / name) for name in names), metrics=metrics, out=str(out / f"compare-{number:03d}")
+                runs=",".join(str(out / name) for name in names),
+                metrics=metrics,
+                out=str(out / f"compare-{number:03d}"),
             )
 
 
