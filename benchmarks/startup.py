@@ -1,6 +1,6 @@
 """CPU time until a command line is answered, beside `import torch` in the same turns.
 
-    python benchmarks/startup.py [--repeats 5]
+python benchmarks/startup.py [--repeats 5]
 """
 
 import argparse
