@@ -3,8 +3,9 @@
 The whole idea as pure functions of tensors: views, mixtures, joint-similarity losses, and two measures of the sphere.
 Copy any of them, with the helpers above it in its section, into your own code: nothing else is needed.
 
-Paper: Chu, Zhan and Zhang, "Beyond Single Instance Multi-view Unsupervised Representation Learning", arXiv 2011.13356.
-Where it is silent the definitions are ours; README.md says which.
+Paper: Chu, Zhan and Wei, "Beyond Single Instance Multi-view Unsupervised Representation Learning", arXiv 2011.13356;
+Chu, Zhan and Zhang, "A Unified Mixture-View Framework for Unsupervised Representation Learning", BMVC 2022.
+Where the abstract is silent the definitions are ours; docs/paper.md says which.
 
 Randomness is an argument: every function that draws takes a `torch.Generator`, and none touches global state. A CPU
 generator gives the same draws whatever device the images are on, and drawing never waits for an accelerator.
