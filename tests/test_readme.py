@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from flags import _kinds
+from flags import kinds_of
 from train import pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -130,7 +130,7 @@ def test_a_method_is_one_file_and_one_row(place):
     copy.mkdir()
     for path in root.glob("*.py"):
         shutil.copy(path, copy)
-    for folder in ("methods", "eval"):
+    for folder in ("methods", "eval", "loading", "training"):
         shutil.copytree(root / folder, copy / folder)
     (copy / "methods" / "spread.py").write_text(block)
     table = (copy / "methods" / "__init__.py").read_text()
@@ -164,10 +164,9 @@ def test_every_flag_it_names_exists():
     launchers |= {"--config_file", "--machine_rank", "--main_process_ip"}
     scripts = "".join(path.read_text() for path in (Path(__file__).parent.parent / "benchmarks").glob("*.py"))
     elsewhere = launchers | set(re.findall(r'add_argument\(\s*"(--[a-z_]+)"', scripts))
-    known = set(_kinds(pretrain))
+    known = set(kinds_of(pretrain.settings))
     for name in EVALUATIONS:
-        known |= set(_kinds(getattr(import_module(f"eval.{name}"), name)))
-    known |= {"recipe"}  # the loader's; train.py declares it
+        known |= set(kinds_of(getattr(import_module(f"eval.{name}"), name).settings))
     for path, text in PAGES.items():
         for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - elsewhere:
             assert flag[2:] in known, (path, flag)
@@ -175,9 +174,8 @@ def test_every_flag_it_names_exists():
 
 def test_it_names_every_evaluation():
     files = {path.stem for path in (Path(__file__).parent.parent / "eval").glob("*.py")}
-    assert files - {"__init__", "weights", "features", "results", "command", "supervised", "boxes", "detector"} == set(
-        EVALUATIONS
-    )
+    shared = {"__init__", "settings", "weights", "features", "results", "command", "supervised", "boxes", "detector"}
+    assert files - shared == set(EVALUATIONS)
     assert all(f"| `eval.{name}` |" in PAGES[ROOT / "docs" / "evaluate.md"] for name in EVALUATIONS)
 
 

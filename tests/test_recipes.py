@@ -1,15 +1,22 @@
 """recipes/: each file parses, its keys are flags, its values are the published ones and name their sources."""
 
+import functools
 import inspect
+import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+import flags
 from methods import METHODS
 from methods.networks import backbone
+from tests.test_data import table
 from train import pretrain
+from training import resolve
+from training.settings import Pretraining
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FILES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -100,4 +107,54 @@ def test_its_head_says_hardware_cost_and_accuracy(name):
         assert (row[4 + both], row[6 + both]) == (said[at][0], said[at][2])
 
 
-# the loader is tested here too
+@functools.lru_cache
+def network(name, size):
+    return real_network(name, size)
+
+
+real_network = resolve._network
+
+
+@pytest.mark.parametrize("sim_weight", [None, 1.0])
+@pytest.mark.parametrize("name", FILES)
+def test_it_comes_to_a_run(name, sim_weight, monkeypatch):
+    """What a run on the published hardware comes to; --sim_weight 1 on the command line is the plain method."""
+    monkeypatch.setattr(resolve, "_network", network)
+    images, side, world = (1_281_167, 500, 8) if name.startswith("imagenet") else (50_000, 32, 1)
+    typed = {"recipe": str(RECIPES / f"{name}.yaml")} | ({} if sim_weight is None else {"sim_weight": sim_weight})
+    asked, given = flags.read(Pretraining, typed)
+    source = SimpleNamespace(images=images, side=side)
+    hardware = dict(device="cuda", world=world, mixed_precision="bf16")
+    s, _ = resolve.resolve(asked, given, source, METHODS[asked.method], **hardware)
+    kept = {**s.config()}
+    names = "epochs batch_size optimizer peak_lr weight_decay warmup_epochs temperature momentum queue".split()
+    assert tuple(kept[name] for name in names) == pytest.approx(PUBLISHED[name])
+    assert s.steps == images // s.batch_size * s.epochs and s.steps_per_epoch == images // s.batch_size
+    assert s.batch_norm == ("shuffle" if s.method == "moco" else "sync")
+    assert (s.sim_weight, s.recipe) == (0.5 if sim_weight is None else 1.0, typed["recipe"])
+    assert kept["given"] == typed and "heads" not in kept
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_its_first_steps_run(name, place, capsys):
+    """On tiny data and a small network, with what a CPU is too slow for lowered; the rest is the recipe's."""
+    table(40, size=(32, 32)).to_parquet("rows.parquet")
+    small = dict(dataset="rows.parquet", backbone="resnet_tiny", image_size=16, batch_size=8, accumulate=1, epochs=2)
+    small |= {"queue": 16} if "moco" in name else {}
+    heads = {k: 32 for k in ("hidden_dim", "embedding_dim", "predictor_dim") if f"\n{k}:" in TEXTS[name]}
+    assert pretrain(recipe=str(RECIPES / f"{name}.yaml"), **small, **heads, dry_run=6) is None
+    assert [path.name for path in place.iterdir()] == ["rows.parquet"]
+    assert "the run       8 steps" in capsys.readouterr().out
+
+
+def test_a_run_names_its_recipe_and_is_resumed_with_it(place):
+    table(40, size=(16, 16)).to_parquet("rows.parquet")
+    Path("mine.yaml").write_text("method: simclr\nbatch_size: 8\nsteps: 4\neval_every: 0\nlr: 0.1\n")
+    options = dict(recipe="mine.yaml", dataset="rows.parquet", backbone="resnet_tiny", out="run", resume=True)
+    pretrain(**options, lr=0.2)
+    config = json.loads(Path("run/config.json").read_text())
+    assert (config["recipe"], config["method"], config["lr"]) == ("mine.yaml", "simclr", 0.2)
+    assert set(config["given"]) == {"recipe", "dataset", "backbone", "out", "resume", "lr"}
+    pretrain(**options, lr=0.2, steps=6)
+    with pytest.raises(flags.UserError, match=r"--resume run: keeps the settings of that run; .*\n.*\n  lr +0.2 +0.1$"):
+        pretrain(**options, steps=8)  # the recipe's rate is not the run's
