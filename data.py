@@ -1,6 +1,7 @@
 """Hugging Face datasets: a name, a folder or files in; images to train on, and images to evaluate on, out."""
 
 import math
+import os
 import re
 from collections import Counter
 from itertools import count
@@ -24,6 +25,34 @@ DIGITS = dict(min_crop=0.6, flip=0.0)  # views of the digits: half a digit, or a
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Opening a dataset.
+
+
+def is_moved(dataset: str, config: dict) -> bool:
+    """Whether `dataset` is the data of the run with this config in another place: the same relative names and sizes."""
+    if config.get("fingerprint") is None or absolute(dataset) == config["dataset"]:
+        return False
+    try:
+        return sources.opened(dataset, config.get("subset"), True, True).fingerprint == config["fingerprint"]
+    except UserError:
+        return False
+
+
+def changed(part, dataset: str, config: dict) -> list[str]:
+    """A note where the data of the run with this config is another than when the run began."""
+    if config.get("fingerprint") in (None, part.fingerprint) or absolute(dataset) != config["dataset"]:
+        return []
+    return [f"note: the data in {dataset} is not what the run trained on: names or sizes of files differ"]
+
+
+def check_same(source, dataset: str, recorded: str | None, moved: bool) -> None:
+    """Raise UserError where the data a run resumes with is not what it began with, by its fingerprint `recorded`."""
+    if moved and recorded is None:
+        raise UserError(f"--dataset {dataset}: the run has no fingerprint of its data to compare with; drop --dataset")
+    if recorded is not None and recorded != source.fingerprint:
+        raise UserError(
+            f"--resume: the data in {dataset} is not what the run began with: names or sizes of files differ. Put it "
+            "back as it was, or start another run"
+        )
 
 
 class Source(NamedTuple):
@@ -122,9 +151,11 @@ def _told(source, opened, dataset, split, notes):
         of = f", split {split}" if others or split != base else ""
         of += f" ({', '.join(others)})" if others else ""
         used = f"{count:,} used, {len(left_out):,} left out ({reasons})" if left_out else "all used"
-        where = f"under {opened.place}" if opened.place else f"in {dataset}"
+        used += "".join(f"; {damage}, what is after them is lost" for damage in opened.damages.get(base, []))
+        where = f"{'under' if os.path.isdir(opened.place or '') else 'in'} {opened.place or dataset}"
         lines.append(f"found {total:,} images{classes} {where}{of}; {used}")
     lines += [f"note: {note}" for note in (*opened.notes, *notes)]
+    left_out += [(damage, "what is after them is lost") for damage in opened.damages.get(base, [])]
     listed = tuple(f"{files.shown(name)}: {reason}" for name, reason in left_out)
     return source._replace(found=tuple(lines), left_out=listed, fingerprint=opened.fingerprint)
 
@@ -137,6 +168,7 @@ class Labelled(NamedTuple):
     labels: torch.Tensor  # int64
     names: list
     found: tuple[str, ...] = ()  # notes on what was read, in lines
+    fingerprint: str | None = None  # of the relative names and sizes of local data
 
 
 def open_labelled(
@@ -191,12 +223,13 @@ def open_labelled(
     _same_classes(dataset, *parts)
     classes = parts[0][1][parts[0][3]]
     classes = classes[classes >= 0].unique()
-    notes, found = [*found.notes, *notes], []
+    notes, mark = tuple(f"note: {note}" for note in (*found.notes, *notes)), found.fingerprint
+    found = []
     for images, numbers, names, rows in parts:
         rows = rows[numbers[rows] >= 0]
         labels = torch.searchsorted(classes, numbers[rows])
         listed = [names[c] if names else str(c) for c in classes.tolist()]
-        found.append(Labelled(images, rows, labels, listed, tuple(f"note: {note}" for note in notes)))
+        found.append(Labelled(images, rows, labels, listed, notes, mark))
     return tuple(found)
 
 

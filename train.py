@@ -25,7 +25,7 @@ from methods import METHODS
 from methods.networks import average_statistics
 from training import dry_run as dry
 from training import folder as run_folder
-from training import guards, pictures, settings
+from training import guards, left_out, pictures, settings
 from training.peers import Peers, agreement
 
 NOT_AGAIN = ("out", "resume", "sim_weight")  # flags that the command that is proposed does not repeat
@@ -145,9 +145,12 @@ def pretrain(
         run_folder.choose(s["out"], s["method"], s["dataset"])  # refuses a folder in use, in every process alike
 
     # The data, and what depends on it.
+    s["dataset"] = data.absolute(s["dataset"])
     names = "dataset subset split eval_split image_column label_column streaming skip_bad_images seed".split()
     with accelerator.local_main_process_first():
-        source = data.open_source(**{name: s[name] for name in names})
+        source = data.open_source(**{name: s[name] for name in names}, remembered=not accelerator.is_local_main_process)
+    for line in source.found:
+        say(line)
     method_file = METHODS[s["method"]]
     draw_mixture = getattr(method_file, "sample_mixture", sample_mixture)
     set_seed(s["seed"])
@@ -205,6 +208,7 @@ def pretrain(
         if accelerator.is_main_process:
             folder = folder or run_folder.create(s["out"], s["method"], s["dataset"])
             run_folder.cut_metrics(folder, start)
+            left_out.add(folder, source.left_out)
             run_folder.write_json(folder / "config.json", {**s, "out": str(folder), "versions": run_folder.versions()})
         folder = peers.folder = Path(broadcast_object_list([str(folder)])[0])
         if s["log_with"]:
@@ -293,7 +297,9 @@ def pretrain(
                 average_statistics(bare)
                 own = {name: [float(v) for v in values] for name, values in window.items()}
                 processes = gather_object([{"window": own, "places": feed.places}])
+                bad = set(gather_object(sorted(feed.bad)))
                 if accelerator.is_main_process:
+                    left_out.add(folder, [f"{name}: cannot be read" for name in sorted(bad)])
                     state = {"made_by": made_by, "processes": processes, "baselines": baselines, "health": health}
                     state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
                     run_folder.save_checkpoint(folder, done, bare, optimizer.state_dict(), state, s["keep"])
@@ -306,7 +312,6 @@ def pretrain(
     bar.close()
 
     # What is left behind.
-    bad = set(gather_object(sorted(feed.bad)))
     if accelerator.is_main_process:
         run_folder.save_backbone(folder, bare.backbone)
         pictures.draw_curves(folder)

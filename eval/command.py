@@ -91,7 +91,11 @@ def _command(function, check):
         check(s)
         accelerator = start(s)
         loaded = _backbone_of(s)
-        parts = data.open_labelled(s["dataset"], **{k: s[k] for k in DATA}, seed=loaded.config.get("seed", s["seed"]))
+        with accelerator.local_main_process_first():  # it lists the folder, and fills the caches, for the others
+            more = dict(seed=loaded.config.get("seed", s["seed"]), remembered=not accelerator.is_local_main_process)
+            parts = data.open_labelled(s["dataset"], **{k: s[k] for k in DATA}, **more)
+        for line in (*parts[0].found, *data.changed(parts[0], s["dataset"], loaded.config)):
+            accelerator.print(line)
         loaded.network.to(accelerator.device, memory_format=torch.channels_last).eval()
         task = Task(accelerator, loaded, *parts, s)
         task.say(
@@ -138,6 +142,8 @@ def _backbone_of(s):
         if not loaded.config:
             raise UserError("--dataset: name the images to evaluate on; a run's own are known, those of a file are not")
         s |= {k: loaded.config[k] for k in ("dataset", *DATA) if s[k] is None or k == "dataset"}
+    elif data.is_moved(s["dataset"], loaded.config):  # the run's own images: as the run read them
+        s |= {k: loaded.config[k] for k in DATA if s[k] is None}
     s["split"] = s["split"] or "train"
     return loaded
 

@@ -89,12 +89,12 @@ def remembered(path: str) -> Archive:
 
 
 def rows_of(paths: list[str], skip_bad: bool, mark: str) -> tuple[Dataset, list, list[str]]:
-    """(rows, [(file, why it is left out)], notes) of the samples in tars: members that share a name but for its ending.
+    """(rows, [(file, why it is left out)], damages) of the samples in tars: members that share a name but its ending.
 
     Columns are named by ending: images, and short files as integers or strings. Raises UserError for a tar that is cut
     or damaged, unless `skip_bad`, and where there is no image.
     """
-    archives, notes = [], []
+    archives, damages = [], []
     for path in paths:
         archive = remembered(path)
         if archive.problem:
@@ -103,7 +103,7 @@ def rows_of(paths: list[str], skip_bad: bool, mark: str) -> tuple[Dataset, list,
                 raise UserError(
                     f"--dataset: {said}. Copy it anew, or take what can be read and count it: --skip_bad_images"
                 )
-            notes.append(said)
+            damages.append(said)
         archives.append(archive)
     samples, left_out = _samples(paths, archives)
     if not any(images for _, images, _ in samples):
@@ -129,7 +129,7 @@ def rows_of(paths: list[str], skip_bad: bool, mark: str) -> tuple[Dataset, list,
         if column is not None and field not in columns:
             columns[field], features[field] = column, Value(str(column.type))
     rows = Dataset(pa.table(columns), info=DatasetInfo(features=Features(features)), fingerprint=mark)
-    return rows, left_out, notes
+    return rows, left_out, damages
 
 
 def _samples(paths, archives):

@@ -177,8 +177,9 @@ def arranged(root: str, names: list[str]) -> Folder:
     if words and not are_splits:
         others = [folder for folder in folders if folder not in words] or ["images that lie in none"]
         notes.append(
-            f"folders {_some(words)} have the name of a split, beside {_some(others)}: all are read as one split, and "
-            f"not as splits; to read a part alone: --dataset {shown(os.path.join(root, names[0][:start], words[0]))}"
+            f"{_some(words)} {'has' if len(words) == 1 else 'have'} the name of a split, but not {_some(others)}: all "
+            "are read as one split, and the folders are no splits; to read one folder alone: --dataset "
+            f"{shown(os.path.join(root, names[0][:start], words[0]))}"
         )
     if not are_splits:
         inner = {"train": (list(range(len(names))), start)}

@@ -33,6 +33,7 @@ class Opened(NamedTuple):
     counts: dict = {}  # {split: rows}, where known
     left_out: dict = {}  # {split, or "" for what lies in none: [(file, why)]}
     notes: list = []
+    damages: dict = {}  # {split: [an archive that is cut, and how many of its files can be read]}
 
 
 def absolute(spec: str) -> str:
@@ -180,17 +181,17 @@ def _files(spec, files, streaming, skip_bad):
 
 
 def _of_kind(kind, paths, streaming, skip_bad, mark):
-    left_out, notes = {}, []
+    left_out, damages, notes = {}, {}, []
     if kind == "tar":
         found, counts = {}, {}
         for split, files in paths.items():
-            found[split], left_out[split], said = archives.rows_of(files, skip_bad, f"{mark}-{split}")
-            counts[split], notes = len(found[split]), [*notes, *said]
+            found[split], left_out[split], damages[split] = archives.rows_of(files, skip_bad, f"{mark}-{split}")
+            counts[split] = len(found[split])
     else:
         found, counts, notes = tables.opened(kind, paths, streaming, mark)
     if streaming:
         found = _many_shards(found) if kind == "parquet" else _as_streams(found)
-    return Opened(found, counts=counts, left_out=left_out, notes=notes)
+    return Opened(found, counts=counts, left_out=left_out, notes=notes, damages=damages)
 
 
 def _foreign(names, tables_too=False):

@@ -82,7 +82,7 @@ def _check_columns(schemas):
         if set(schema.names) != set(first.names):
             raise UserError(
                 f"--dataset: {shown(other)} has columns {', '.join(schema.names)}; {shown(path)} has "
-                f"{', '.join(first.names)}. Want the same columns in all files, or --dataset with those that fit"
+                f"{', '.join(first.names)}. Want the same in all files, or name those that fit: --dataset 'FOLDER/a*.parquet'"
             )
 
 

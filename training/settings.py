@@ -48,6 +48,7 @@ def read(given: dict, defaults: dict) -> tuple[dict, Path | None]:
 def _resumed(folder, changed, defaults):
     """The settings of the run in `folder`, with those of `changed` that may change."""
     config = run_folder.config_of(folder)
+    moved = data.absolute(changed.pop("dataset", config["dataset"]))
     differ = [k for k, v in changed.items() if k not in MAY_CHANGE and config.get(k) != v]
     if differ:
         rows = "".join(f"\n  {k:<18} {config.get(k)!s:<18} {changed[k]}" for k in differ)
@@ -55,7 +56,8 @@ def _resumed(folder, changed, defaults):
             f"--resume {folder}: goes on with that run's settings; drop these flags, or start another run"
             f"\n  {'flag':<18} {'the run has':<18} you gave{rows}"
         )
-    s = {k: config.get(k, defaults.get(k)) for k in (*defaults, "given", "images")}
+    s = {k: config.get(k, defaults.get(k)) for k in (*defaults, "given", "images", "fingerprint")}
+    s |= {"dataset": moved, "moved": moved != config["dataset"]}
     s |= {k: v for k, v in changed.items() if k in MAY_CHANGE}
     if "epochs" in changed:
         s["steps"] = None
@@ -123,7 +125,8 @@ def resolve(s: dict, source: data.Source, method_file, device: str, world: int):
         )
     if s.get("images", images) != images:
         raise UserError(f"--resume: the dataset has {images} images now, and had {s['images']} when the run began")
-    s["images"] = images
+    data.check_same(source, s["dataset"], s.get("fingerprint"), s.pop("moved", False))
+    s |= {"images": images, "fingerprint": source.fingerprint}
     s["steps_per_epoch"] = images // s["batch_size"] if images else None
     if s["steps"] is None:
         s["epochs"] = s["epochs"] or 50
