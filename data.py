@@ -16,7 +16,7 @@ from flags import UserError, reading
 from loading import columns, files, sources
 from loading.batches import ORDER, SPLIT, generator
 from loading.columns import features_of
-from loading.images import SMALL, LargeImages, SmallImages, TooLarge, bad_row, decode, mark
+from loading.images import PIXELS, SMALL, LargeImages, SmallImages, TooLarge, bad_row, decode, limit, mark
 
 absolute = sources.absolute
 BANK, QUERIES = 50_000, 10_000  # images of a k-NN evaluation, at most; a tenth of that from a stream
@@ -89,11 +89,13 @@ def open_source(
     skip_bad_images: bool = False,
     seed: int = 0,
     remembered: bool = False,
+    max_pixels: int = PIXELS,
 ) -> Source:
     """Open `dataset` for pretraining. Raises UserError where it cannot be read or its columns are ambiguous.
 
     `remembered`: another process of this machine has just opened it, and what it listed is taken from the cache.
     """
+    limit(max_pixels)
     with reading(f"--dataset {dataset}"):
         opened = sources.opened(dataset, subset, streaming, skip_bad_images, remembered)
         names = dict(image=image_column, label=label_column)
@@ -182,12 +184,14 @@ def open_labelled(
     skip_bad_images: bool = False,
     seed: int = 0,
     remembered: bool = False,
+    max_pixels: int = PIXELS,
 ) -> tuple[Labelled, Labelled]:
     """Open `dataset` for evaluation: images to learn from, and images to be judged by.
 
     These are the split that is called validation or test or, where there is none, the tenth that pretraining with this
     seed held out. Raises UserError where there are no labels, or where the two have other classes.
     """
+    limit(max_pixels)
     with reading(f"--dataset {dataset}"):
         found = sources.opened(dataset, subset, False, skip_bad_images, remembered)
         asked = eval_split

@@ -20,8 +20,9 @@ from flags import UserError
 from loading import files
 
 SMALL = 64  # images whose longer side is at most this are decoded once, and cached
-PIXELS = 100_000_000  # an image that claims more is refused before it is decoded
+PIXELS = 100_000_000  # an image that claims more is refused before it is decoded; `limit` sets it
 ORIENTATION = ExifTags.Base.Orientation
+Image.MAX_IMAGE_PIXELS = None
 DECODER = 1  # raise when `to_rgb` or the cache's layout changes: cached pixels of another version are not used
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,6 +44,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def limit(pixels: int) -> None:
+    """Refuse images that claim more pixels than this, in this process and in workers that it forks later."""
+    global PIXELS
+    PIXELS, Image.MAX_IMAGE_PIXELS = pixels, None  # one limit, ours, which says how to raise it
+
+
 def decode(record: dict) -> Image.Image:
     """A row's {"bytes", "path"} as an RGB image; any way in which that can fail is a ValueError."""
     with _opened(record) as (image, _):
@@ -55,7 +62,10 @@ def _opened(record):
     try:
         with _open(record) as file, Image.open(file) as image:
             if image.width * image.height > PIXELS:
-                raise ValueError(f"claims {image.width} x {image.height} pixels")
+                raise ValueError(
+                    f"claims {image.width} x {image.height} pixels, and {PIXELS:,} in all is the limit; if it is yours, "
+                    f"raise the limit: --max_pixels {image.width * image.height}"
+                )
             yield image, file
     except Exception as error:  # a broken file can raise anything, from SyntaxError to struct.error
         reason = "cannot identify image file" if "cannot identify" in str(error) else str(error) or type(error).__name__

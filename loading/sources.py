@@ -82,10 +82,12 @@ def _folder(spec, path, subset, streaming, skip_bad, remembered):
     if note and subset is not None:
         raise UserError(f"--subset {subset}: {note}")
     configured = readme.configured(head, listing.names, subset, spec)
+    known = {}
     if configured is not None:
+        if "" not in configured:
+            known = {split: [listing.names[i] for i in rows] for split, rows in configured.items()}
         listing = listing.of(sorted({i for rows in configured.values() for i in rows}))
         mark = f"{mark}-{subset}"
-    known = {} if configured is None or "" in configured else configured
     ends = folders.endings()
     images = [i for i, name in enumerate(listing.names) if folders.ending(name) in ends]
     others = [i for i, name in enumerate(listing.names) if folders.ending(name) in tables.FILES]

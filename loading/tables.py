@@ -1,5 +1,6 @@
 """Parquet, Arrow files and saved datasets: parquet is converted once, by `datasets`; the others are read in place."""
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -82,7 +83,7 @@ def _check_columns(schemas):
         if set(schema.names) != set(first.names):
             raise UserError(
                 f"--dataset: {shown(other)} has columns {', '.join(schema.names)}; {shown(path)} has "
-                f"{', '.join(first.names)}. Want the same in all files, or name those that fit: --dataset 'FOLDER/a*.parquet'"
+                f"{', '.join(first.names)}. Want the same in all files; or name some: --dataset 'FOLDER/a*.parquet'"
             )
 
 
@@ -129,18 +130,28 @@ def marked(rows: Dataset, mark: str) -> Dataset:
 
 def is_saved(folder: Path) -> bool:
     """Whether `datasets` saved this folder: a file called dataset_info.json alone may be anyone's."""
-    parts = folder.glob("*/state.json") if (folder / "dataset_dict.json").exists() else [folder / "state.json"]
-    return any(part.exists() and part.with_name("dataset_info.json").exists() for part in parts)
+    return bool(_parts(folder))
+
+
+def _parts(folder):
+    """{split: its folder}."""
+    several = (folder / "dataset_dict.json").exists()
+    parts = sorted(path.parent for path in folder.glob("*/state.json")) if several else [folder]
+    parts = [part for part in parts if (part / "state.json").exists() and (part / "dataset_info.json").exists()]
+    return {part.name if several else "train": part for part in parts}
 
 
 def saved(folder: Path, mark: str) -> dict[str, Dataset]:
     """Its splits, read in place: nothing is written beside them, where `datasets` would put what it derives."""
-    try:
-        found = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        raise UserError(f"--dataset: cannot be read ({shown(str(folder))}: {why(error)})") from error
-    found = found if isinstance(found, dict) else {"train": found}
-    return {split: marked(rows, f"{mark}-{split}") for split, rows in found.items()}
+    found = {}
+    for split, part in _parts(folder).items():
+        try:
+            empty = not json.loads((part / "state.json").read_text())["_data_files"]  # `datasets` cannot load these
+            rows = Dataset.from_dict({}) if empty else datasets.load_from_disk(str(part))
+        except Exception as error:
+            raise UserError(f"--dataset: cannot be read ({shown(str(part))}: {why(error)})") from error
+        found[split] = marked(rows, f"{mark}-{split}")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
