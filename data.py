@@ -89,13 +89,13 @@ def open_source(
     skip_bad_images: bool = False,
     seed: int = 0,
     remembered: bool = False,
-    max_pixels: int = PIXELS,
+    max_pixels: int | None = None,
 ) -> Source:
     """Open `dataset` for pretraining. Raises UserError where it cannot be read or its columns are ambiguous.
 
     `remembered`: another process of this machine has just opened it, and what it listed is taken from the cache.
     """
-    limit(max_pixels)
+    limit(max_pixels or PIXELS)
     with reading(f"--dataset {dataset}"):
         opened = sources.opened(dataset, subset, streaming, skip_bad_images, remembered)
         names = dict(image=image_column, label=label_column)
@@ -184,14 +184,14 @@ def open_labelled(
     skip_bad_images: bool = False,
     seed: int = 0,
     remembered: bool = False,
-    max_pixels: int = PIXELS,
+    max_pixels: int | None = None,
 ) -> tuple[Labelled, Labelled]:
     """Open `dataset` for evaluation: images to learn from, and images to be judged by.
 
     These are the split that is called validation or test or, where there is none, the tenth that pretraining with this
     seed held out. Raises UserError where there are no labels, or where the two have other classes.
     """
-    limit(max_pixels)
+    limit(max_pixels or PIXELS)
     with reading(f"--dataset {dataset}"):
         found = sources.opened(dataset, subset, False, skip_bad_images, remembered)
         asked = eval_split

@@ -46,6 +46,7 @@ def pretrain(
     label_column: str | None = None,
     streaming: bool = False,
     skip_bad_images: bool = False,
+    max_pixels: int = 100_000_000,
     workers: int | None = None,
     backbone: str | None = None,
     image_size: int | None = None,
@@ -95,6 +96,7 @@ def pretrain(
       label_column: where several hold classes; none: do not evaluate
       streaming: read as it trains, for what does not fit the disk; wants --steps
       skip_bad_images: leave out and count images that cannot be read
+      max_pixels: of an image; one that claims more is a bad image
       workers: processes that decode large images; by itself up to 8
     Network and schedule
       backbone: any timm model, or resnet_tiny; by itself resnet50, for 64 pixels or
@@ -146,7 +148,9 @@ def pretrain(
 
     # The data, and what depends on it.
     s["dataset"] = data.absolute(s["dataset"])
-    names = "dataset subset split eval_split image_column label_column streaming skip_bad_images seed".split()
+    names = (
+        "dataset subset split eval_split image_column label_column streaming skip_bad_images max_pixels seed".split()
+    )
     with accelerator.local_main_process_first():
         source = data.open_source(**{name: s[name] for name in names}, remembered=not accelerator.is_local_main_process)
     for line in source.found:

@@ -38,6 +38,7 @@ def opened(
     image_column: str | None = None,
     label_column: str | None = None,
     skip_bad_images: bool = False,
+    max_pixels: int | None = None,
     workers: int | None = None,
     backbone: str | None = None,
     image_size: int | None = None,
@@ -58,6 +59,7 @@ def opened(
       image_column: where several columns hold images
       label_column: where several hold classes
       skip_bad_images: leave out images that cannot be read
+      max_pixels: of an image; by itself the run's; one that claims more is a bad image
       workers: processes that decode large images; by itself up to 8
     The evaluation
       mixed_precision: no, fp16 or bf16
@@ -69,7 +71,7 @@ POSITIVE = {
     "a number above 0": (lambda v: 0 < v < math.inf, "temperature lr"),
     "0 or more": (lambda v: v >= 0, "weight_decay"),
 }
-DATA = "subset split eval_split image_column label_column skip_bad_images".split()
+DATA = "subset split eval_split image_column label_column skip_bad_images max_pixels".split()
 
 
 def protocol(check):
@@ -141,9 +143,9 @@ def _backbone_of(s):
     if s["dataset"] is None:
         if not loaded.config:
             raise UserError("--dataset: name the images to evaluate on; a run's own are known, those of a file are not")
-        s |= {k: loaded.config[k] for k in ("dataset", *DATA) if s[k] is None or k == "dataset"}
+        s |= {k: loaded.config.get(k) for k in ("dataset", *DATA) if s[k] is None or k == "dataset"}
     elif data.is_moved(s["dataset"], loaded.config):  # the run's own images: as the run read them
-        s |= {k: loaded.config[k] for k in DATA if s[k] is None}
+        s |= {k: loaded.config.get(k) for k in DATA if s[k] is None}
     s["split"] = s["split"] or "train"
     return loaded
 

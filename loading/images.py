@@ -63,7 +63,7 @@ def _opened(record):
         with _open(record) as file, Image.open(file) as image:
             if image.width * image.height > PIXELS:
                 raise ValueError(
-                    f"claims {image.width} x {image.height} pixels, and {PIXELS:,} in all is the limit; if it is yours, "
+                    f"claims {image.width} x {image.height} pixels; the limit is {PIXELS:,} in all. If it is yours, "
                     f"raise the limit: --max_pixels {image.width * image.height}"
                 )
             yield image, file

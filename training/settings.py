@@ -92,7 +92,7 @@ def check(s: dict) -> None:
         "0 or more": (lambda v: 0 <= v < math.inf, "weight_decay warmup_epochs workers eval_every"),
         "1 or more": (
             lambda v: v >= 1,
-            "epochs steps batch_size accumulate queue hidden_dim embedding_dim predictor_dim log_every checkpoint_every"
+            "max_pixels epochs steps batch_size accumulate queue hidden_dim embedding_dim predictor_dim log_every checkpoint_every"
             " keep",
         ),
         "from 0 to 4294967295": (lambda v: 0 <= v < 2**32, "seed"),
