@@ -334,7 +334,7 @@ def _common_shape(rows, split, skip_bad):
             shapes.append((image.height, image.width))
         except ValueError as error:
             if not skip_bad:
-                raise bad_row(row, split, error) from None
+                raise bad_row(row, split, error, record["image"]) from None
     if not shapes:
         raise UserError(f"split {split}: no image in it can be read")
     return max(height for height, _ in shapes), max(width for _, width in shapes)

@@ -148,11 +148,11 @@ def pretrain(
 
     # The data, and what depends on it.
     s["dataset"] = data.absolute(s["dataset"])
-    names = (
-        "dataset subset split eval_split image_column label_column streaming skip_bad_images max_pixels seed".split()
-    )
+    names = "dataset subset split eval_split image_column label_column streaming skip_bad_images max_pixels"
     with accelerator.local_main_process_first():
-        source = data.open_source(**{name: s[name] for name in names}, remembered=not accelerator.is_local_main_process)
+        source = data.open_source(
+            **{name: s[name] for name in [*names.split(), "seed"]}, remembered=not accelerator.is_local_main_process
+        )
     for line in source.found:
         say(line)
     method_file = METHODS[s["method"]]

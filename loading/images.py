@@ -84,7 +84,10 @@ def _open(record):
 def mark(record: dict) -> int:
     """A number for an image: from its bytes, or, of a file that is not read yet, from its folder and name."""
     record = record or {"bytes": None, "path": None}
-    return zlib.crc32(record["bytes"] or "/".join(Path((record["path"] or "").split("::")[0]).parts[-2:]).encode())
+    return zlib.crc32(
+        record["bytes"]
+        or "/".join(Path((record["path"] or "").removeprefix(files.UNREADABLE).split("::")[0]).parts[-2:]).encode()
+    )
 
 
 def row_name(row, split: str, record: dict | None) -> str:

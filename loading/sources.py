@@ -275,7 +275,7 @@ def _png(scan):
 
 def _as_streams(splits):
     """Rows that are here already, read as they are asked for."""
-    return {k: v.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(v)))) for k, v in splits.items()}
+    return {k: v.to_iterable_dataset(num_shards=min(SHARDS, len(v))) if len(v) else v for k, v in splits.items()}
 
 
 def _many_shards(splits):

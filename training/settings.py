@@ -92,8 +92,8 @@ def check(s: dict) -> None:
         "0 or more": (lambda v: 0 <= v < math.inf, "weight_decay warmup_epochs workers eval_every"),
         "1 or more": (
             lambda v: v >= 1,
-            "max_pixels epochs steps batch_size accumulate queue hidden_dim embedding_dim predictor_dim log_every checkpoint_every"
-            " keep",
+            "epochs steps batch_size accumulate queue hidden_dim embedding_dim predictor_dim log_every checkpoint_every"
+            " keep max_pixels",
         ),
         "from 0 to 4294967295": (lambda v: 0 <= v < 2**32, "seed"),
         "8 or more": (lambda v: v >= 8, "image_size"),
