@@ -301,7 +301,7 @@ def _stream_source(train, held_out, skip_bad, seed):
         kept = {name: [record[name] for record in records] for name in ("image", "label")}
         return Dataset.from_dict(kept, features=features_of(train))
 
-    queries = None
+    whole, queries = train, None
     if held_out is not None and "label" in features_of(held_out):
         queries = sample(held_out, QUERIES // 10)
         queries = queries if any(label not in (None, -1) for label in queries["label"]) else None
@@ -312,7 +312,9 @@ def _stream_source(train, held_out, skip_bad, seed):
     samples, notes = columns.numbered(samples)
     bank, queries = ((LargeImages(rows, name, skip_bad), torch.arange(len(rows))) for name, rows in samples.items())
     note = _unfit(bank[0].labels(bank[1])) or (None if len(queries[1]) else "no image was held out")
-    return Source(train, None, None if note else bank, None if note else queries, side, note), notes
+    if note:
+        return Source(whole, None, None, None, side, note), notes
+    return Source(train, None, bank, queries, side, None), notes
 
 
 def is_held_out(record: dict) -> bool:
