@@ -731,7 +731,10 @@ def make_view(images: Tensor, recipe: ViewRecipe, *, generator: torch.Generator)
 
 
 if __name__ == "__main__":
-    from flags import launch
+    from flags import answer, launch
+    from training.settings import Pretraining
+
+    answer(Pretraining, "bsim.py")  # before what is slow to import
     from train import pretrain
 
-    launch(pretrain, name="bsim.py")
+    launch(pretrain, "bsim.py")

@@ -1,21 +1,26 @@
-"""The command line: flags are checked, all of them, before the function behind them runs.
+"""The command line: flags are the fields of a settings dataclass, and all are checked before the function runs.
 
-Fire alone runs the function with its defaults first and complains of a misspelled flag afterwards.
+A field says everything about its flag once: name, type, default, range or choices, a line of help, and whether a
+resumed run may change it. Help, parsing, checks and the signature that Fire sees are derived from the fields. This
+module imports nothing slow: `--help` and a wrong flag are answered at once.
 """
 
+import dataclasses
 import difflib
+import functools
 import inspect
+import math
 import os
 import sys
+import textwrap
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import NoneType
-from typing import get_args, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
-import fire
-from fire.decorators import SetParseFns
-from tqdm.auto import tqdm
-
-given: set[str] = set()  # the flags on the command line; one that repeats a default is given too
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors, and what every command shows.
 
 
 class UserError(ValueError):
@@ -31,12 +36,12 @@ class RunError(UserError):
     code = 1
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
-def reading(what: str):
+def reading(what: str) -> Iterator[None]:
     """A loader of many formats raises whatever its format's library raises; a user gets one line."""
     try:
         yield
@@ -46,13 +51,15 @@ def reading(what: str):
         raise UserError(f"{what}: cannot be read ({first_line(error)})") from error
 
 
-def progress(total: int, *, start: int = 0, shown: bool = True, unit: str = "step") -> tqdm:
-    """A progress bar; what goes to a file gets a line every half minute, not ten a second."""
+def progress(total: int, *, start: int = 0, shown: bool = True, unit: str = "step"):
+    """A progress bar. One that goes to a file gets a line every half minute, not ten a second."""
+    from tqdm.auto import tqdm
+
     often = 0.1 if sys.stderr.isatty() else 30
     return tqdm(total=total, initial=start, disable=not shown, unit=unit, mininterval=often)
 
 
-def nearest(word: str, names) -> str:
+def nearest(word: str, names: Iterable[str]) -> str:
     """'; did you mean X?', or nothing where no name is near."""
     close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
@@ -65,28 +72,88 @@ def one_of(flag: str, value, names) -> None:
         raise UserError(f"--{flag} {value}: want {listed}{nearest(str(value), names)}")
 
 
-def in_range(s: dict, ranges: dict) -> None:
-    """Raise UserError for the first setting in `s` out of its range; `ranges` is {what is wanted: (test, names)}."""
-    for wanted, (holds, names) in ranges.items():
-        for name in names.split():
-            if s.get(name) is not None and not holds(s[name]):
-                raise UserError(f"--{name} {s[name]}: want {wanted}")
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: what a field says of its flag.
 
 
-def _kinds(function):
-    """The types that each parameter takes: (int, NoneType) for `int | None`."""
-    return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(function).items() if name != "return"}
+class Range(NamedTuple):
+    wanted: str
+    holds: Callable[[Any], bool]
 
 
-def _is_whole(text):
+def at_least(least: int) -> Range:
+    return Range(f"{least} or more", lambda v: v >= least)
+
+
+SHARE = Range("a share from 0 to 1", lambda v: 0 <= v <= 1)
+SHARE_ABOVE_0 = Range("a share above 0, up to 1", lambda v: 0 < v <= 1)
+ABOVE_0 = Range("a number above 0", lambda v: 0 < v < math.inf)
+NOT_NEGATIVE = Range("0 or more", lambda v: 0 <= v < math.inf)
+SEED = Range("from 0 to 4294967295", lambda v: 0 <= v < 2**32)
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: Container | None = None,
+    range: Range | None = None,
+    on_resume: bool = False,
+    heading: str = "",
+) -> Any:
+    """A field of a settings class. A default of None means that the user left it open.
+
+    choices: read when the flag is checked, so a table may grow. on_resume: whether a resumed run may change it.
+    heading: of the group of flags in the help that begins here.
+    """
+    about = {"help": help, "choices": choices, "range": range, "on_resume": on_resume, "heading": heading}
+    return dataclasses.field(default=default, metadata=about)
+
+
+class Settings:
+    """The base of the settings classes: each is a frozen dataclass whose fields are made by `flag`."""
+
+    def __post_init__(self) -> None:
+        for field in flags_of(type(self)):
+            value, about = getattr(self, field.name), field.metadata
+            if value is None:
+                continue
+            if about["choices"] is not None:
+                one_of(field.name, value, about["choices"])
+            if about["range"] is not None and not about["range"].holds(value):
+                raise UserError(f"--{field.name} {value}: want {about['range'].wanted}")
+
+
+def flags_of(settings: type) -> list[dataclasses.Field]:
+    """The fields that are flags, those of the class itself before those of the class that it extends."""
+    own = {name: i for i, kind in enumerate(settings.__mro__) for name in vars(kind).get("__annotations__", ())}
+    found = [field for field in dataclasses.fields(settings) if "help" in field.metadata]
+    return sorted(found, key=lambda field: own[field.name])
+
+
+def defaults_of(settings: type) -> dict[str, Any]:
+    return {field.name: field.default for field in flags_of(settings)}
+
+
+def kinds_of(settings: type) -> dict[str, tuple]:
+    """The types that each flag takes: (int, NoneType) for `int | None`."""
+    hints = get_type_hints(settings)
+    return {f.name: get_args(hints[f.name]) or (hints[f.name],) for f in flags_of(settings)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words in, values out.
+
+
+def _is_whole(text: str) -> bool:
     try:
         return float(text).is_integer()
     except ValueError:
         return False
 
 
-def _parser(name, kinds):
-    def parse(text):
+def _parser(name: str, kinds: tuple) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
         if bool in kinds and text in ("True", "true", "False", "false"):
             return text in ("True", "true")
         if NoneType in kinds and text in ("None", "none") and str not in kinds:
@@ -104,10 +171,11 @@ def _parser(name, kinds):
     return parse
 
 
-def check(function, arguments: list[str]) -> list[str]:
-    """Raise UserError for the first argument that `function` cannot take; return them all as --name=value."""
-    kinds = _kinds(function)
-    settled, waiting = {}, list(arguments)
+def check(settings: type, arguments: list[str]) -> dict[str, str]:
+    """{flag: text} of the command line. Raise UserError for the first argument that `settings` cannot take."""
+    kinds = kinds_of(settings)
+    settled: dict[str, str] = {}
+    waiting = list(arguments)
     while waiting:
         word = waiting.pop(0)
         if not word.startswith("--") or word == "--":
@@ -130,38 +198,133 @@ def check(function, arguments: list[str]) -> list[str]:
                 raise UserError(f"--{name}: want a value after it")
         _parser(name, kinds[name])(text)
         settled[name] = text
-    return [f"--{name}={text}" for name, text in settled.items()]
+    return settled
 
 
-def help_text(function, name: str) -> str:
-    """The docstring of `function` with each flag's default; its lines `    flag: text` are the flags."""
-    defaults = {k: p.default for k, p in inspect.signature(function).parameters.items()}
-    lines = [f"usage: {name} [--flag value ...]", ""]
-    for line in inspect.cleandoc(function.__doc__).splitlines():
-        flag, colon, text = line.strip().partition(": ")
-        if line.startswith("  ") and colon and flag in defaults:
-            value = "" if any(defaults[flag] is x for x in (None, False, "")) else f" ({defaults[flag]})"
-            line = f"  --{flag:<17} {text}{value}"
-        elif line.startswith("    "):
-            line = " " * 22 + line.strip()
-        lines.append(line)
+def read_recipe(settings: type, path: str) -> dict[str, Any]:
+    """The flags in a recipe, a YAML file of `name: value` lines. Raise UserError for a file or a key that is wrong."""
+    import yaml
+
+    said, kinds = f"--recipe {path}", kinds_of(settings)
+    try:
+        document = yaml.compose(Path(path).expanduser().read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"{said}: cannot be read ({error.strerror}); recipes/ holds those of this project") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{said}: is no YAML file ({' '.join(str(error).split())})") from None
+    if not isinstance(document, yaml.MappingNode):
+        raise UserError(f"{said}: want a flag and its value on each line, as in `method: byol`")
+    found: dict[str, Any] = {}
+    for key, value in document.value:
+        name = key.value if isinstance(key, yaml.ScalarNode) else "?"
+        where = f"{said}, line {key.start_mark.line + 1}: {name}"
+        if name not in kinds or name == "recipe":
+            raise UserError(f"{where}: no such flag{nearest(name, kinds) or ';'} --help lists them")
+        if name in found:
+            raise UserError(f"{where}: given twice")
+        if not isinstance(value, yaml.ScalarNode):
+            raise UserError(f"{where}: want one value")
+        null = value.tag.endswith(":null")
+        if null and NoneType not in kinds[name]:
+            raise UserError(f"{where}: want a value after it")
+        try:
+            found[name] = None if null else _parser(name, kinds[name])(value.value)
+        except UserError as error:
+            raise UserError(f"{said}, line {key.start_mark.line + 1}: {str(error)[2:]}") from None
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands.
+
+
+class Given(NamedTuple):
+    """What was given: flags that repeat a default are given too, as a resumed run may have another value."""
+
+    typed: dict[str, Any]  # on the command line, or as arguments in Python
+    recipe: dict[str, Any]  # by the recipe, where `typed` does not say otherwise
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def read(settings: type[S], typed: dict[str, Any]) -> tuple[S, Given]:
+    """The settings, and what of them was given. Raise UserError for a value out of its range."""
+    recipe = {}
+    if typed.get("recipe"):
+        recipe = {k: v for k, v in read_recipe(settings, typed["recipe"]).items() if k not in typed}
+    try:
+        return settings(**recipe, **typed), Given(typed, recipe)
+    except UserError as error:
+        wrong = next((name for name in recipe if str(error).startswith(f"--{name} ")), None)
+        raise UserError(f"--recipe {typed['recipe']}: {str(error)[2:]}") from None if wrong else error
+
+
+def command(settings: type[S]) -> Callable[[Callable[[S, Given], Any]], Callable[..., Any]]:
+    """Make function(settings, given) a command: called with flags as keyword arguments, in Python and by Fire."""
+
+    def made(function: Callable[[S, Given], Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def called(**typed: Any) -> Any:
+            unknown = [name for name in typed if name not in kinds_of(settings)]
+            if unknown:
+                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}")
+            return function(*read(settings, typed))
+
+        parameters = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in flags_of(settings)
+        ]
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        called.settings = settings  # type: ignore[attr-defined]
+        return called
+
+    return made
+
+
+def help_text(settings: type, name: str) -> str:
+    """What the command is for, and each flag with its line of help and its default."""
+    lines = [f"usage: {name} [--flag value ...]", "", *inspect.cleandoc(settings.__doc__ or "").splitlines(), ""]
+    for field in flags_of(settings):
+        if field.metadata["heading"]:
+            lines.append(field.metadata["heading"])
+        value = "" if any(field.default is x for x in (None, False, "")) else f" ({field.default})"
+        first, *more = textwrap.wrap(field.metadata["help"] + value, 86)
+        lines += [f"  --{field.name:<17} {first}", *(" " * 22 + line for line in more)]
     return "\n".join(lines)
 
 
-def launch(function, name: str) -> None:
-    """Run `function` with the flags of the command line. A user's mistake is one line and exit code 2."""
-    arguments = sys.argv[1:]
-    if {"--help", "-h"} & set(arguments):
-        print(help_text(function, name))
-        return
+@contextmanager
+def speaking(name: str) -> Iterator[None]:
+    """A user's mistake is one line on stderr, by the first process where all meet it, and the error's exit code."""
     try:
-        arguments = check(function, arguments)
-        parsers = {flag: _parser(flag, kinds) for flag, kinds in _kinds(function).items()}
-        given.update(word[2:].partition("=")[0] for word in arguments)
-        fire.Fire(SetParseFns(**parsers)(function), command=arguments, name=name, serialize=lambda result: None)
+        yield
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or not error.everywhere:
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.code)
-    finally:
-        given.clear()
+
+
+def answer(settings: type[S], name: str) -> None:
+    """Answer --help and whatever is wrong with the flags alone, before a program imports what is slow."""
+    arguments = sys.argv[1:]
+    if {"--help", "-h"} & set(arguments):
+        print(help_text(settings, name))
+        sys.exit(0)
+    with speaking(name):
+        kinds = kinds_of(settings)
+        read(settings, {flag: _parser(flag, kinds[flag])(text) for flag, text in check(settings, arguments).items()})
+
+
+def launch(function: Callable[..., Any], name: str) -> None:
+    """Run a command with the flags of the command line."""
+    import fire
+    from fire.decorators import SetParseFns
+
+    settings = function.settings  # type: ignore[attr-defined]
+    answer(settings, name)
+    with speaking(name):
+        parsers = {flag: _parser(flag, kinds) for flag, kinds in kinds_of(settings).items()}
+        words = [f"--{flag}={text}" for flag, text in check(settings, sys.argv[1:]).items()]
+        fire.Fire(SetParseFns(**parsers)(function), command=words, name=name, serialize=lambda result: None)

@@ -1,468 +1,365 @@
-"""The one training loop. `pretrain`'s signature is the configuration, its docstring the manual."""
+"""The one training loop, read from top to bottom: open the data, build the network, resume, loop, finish."""
 
 import logging
-import math
-import shlex
-import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from timm.optim import Lars
 from torch import nn
 
 import data
-from bsim import make_view, sample_mixture
+from bsim import Mixture, make_view, sample_mixture
 from eval.knn import knn_accuracy, pixels
-from flags import UserError, progress
+from flags import Given, UserError, command, progress
 from loading.batches import VIEW, Batches, Feed, StreamBatches, generator, places_of
 from loading.images import after_crop
 from methods import METHODS
-from methods.networks import average_statistics
-from training import dry_run as dry
+from methods.networks import Losses, average_statistics
+from training import dry_run, guards, left_out, pictures
 from training import folder as run_folder
-from training import guards, left_out, pictures, settings
+from training.devices import mover, open_accelerator
+from training.optimize import learning_rate, optimizer_of
 from training.peers import Peers, agreement
+from training.report import COLLAPSE, Clock, measured, summary
+from training.resolve import Began, read, resolve, view_recipes
+from training.settings import Pretraining
+from training.state import Training
 
-NOT_AGAIN = ("out", "resume", "sim_weight")  # flags that the command that is proposed does not repeat
-COLLAPSE = "their spread fell under a tenth of what it was. See curves.png; try a lower --lr or another --momentum"
 
-
-def pretrain(
-    method: str = "byol",
-    sim_weight: float = 0.0,
-    mix: str = "cutmix",
-    alpha: float = 1.0,
-    per_sample: bool = True,
-    dataset: str = "digits",
-    subset: str | None = None,
-    split: str = "train",
-    eval_split: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    streaming: bool = False,
-    skip_bad_images: bool = False,
-    max_pixels: int = 100_000_000,
-    workers: int | None = None,
-    backbone: str | None = None,
-    image_size: int | None = None,
-    min_crop: float | None = None,
-    flip: float | None = None,
-    epochs: int | None = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    accumulate: int = 1,
-    optimizer: str | None = None,
-    lr: float | None = None,
-    weight_decay: float | None = None,
-    warmup_epochs: float | None = None,
-    mixed_precision: str | None = None,
-    compile: bool = False,
-    batch_norm: str | None = None,
-    temperature: float | None = None,
-    momentum: float | None = None,
-    queue: int | None = None,
-    hidden_dim: int | None = None,
-    embedding_dim: int | None = None,
-    predictor_dim: int | None = None,
-    out: str | None = None,
-    resume: bool | str = False,
-    seed: int = 0,
-    log_every: int = 10,
-    eval_every: int | None = None,
-    checkpoint_every: int = 1000,
-    keep: int = 2,
-    log_with: str | None = None,
-    dry_run: int | None = None,
-) -> Path | None:
-    """Pretrain a backbone with SIM, BSIM or both. Leaves a run folder; defaults stand in brackets.
-
-    What is learned
-      method: simclr, moco, byol or simsiam
-      sim_weight: share of the plain loss: 1 the method itself, 0 pure BSIM, both between
-      mix: cutmix, mixup, or either, by a coin
-      alpha: shares of a mixture are drawn from Beta(alpha, alpha)
-      per_sample: a share for each image; --noper_sample: one for the batch
-    Data
-      dataset: digits, a Hub id, a folder, .parquet .arrow .tar files, a saved dataset
-      subset: the Hub dataset's configuration, where it has several
-      split: what to train on; train[:5000] takes a part
-      eval_split: k-NN queries; by itself validation or test, else a tenth is held out
-      image_column: where several columns hold images
-      label_column: where several hold classes; none: do not evaluate
-      streaming: read as it trains, for what does not fit the disk; wants --steps
-      skip_bad_images: leave out and count images that cannot be read
-      max_pixels: of an image; one that claims more is a bad image
-      workers: processes that decode large images; by itself up to 8
-    Network and schedule
-      backbone: any timm model, or resnet_tiny; by itself resnet50, for 64 pixels or
-        fewer resnet18, and there on a CPU resnet_tiny
-      image_size: by itself the images' own up to 64 pixels, at least 16; else 224
-      min_crop: smallest share of an image that a view shows; by itself the method's
-      flip: share of views that are mirrored; by itself the method's
-      epochs: passes over the data; by itself 50
-      steps: optimiser steps, in place of epochs
-      batch_size: images a step, over all processes and parts; by itself 256, for under
-        16,384 images 128 or 64
-      accumulate: parts into which a process cuts its share of a step's batch
-      mixed_precision: no, fp16 or bf16; by itself as `accelerate config` says
-      compile: torch.compile
-    By itself what the method's paper says (methods/*.py)
-      optimizer: sgd, lars or adamw
-      lr: for each 256 images of the batch; then warm-up and cosine
-      weight_decay: on all but what LARS and AdamW exclude
-      warmup_epochs: epochs of linear warm-up; in a stream a tenth of the steps
-      batch_norm: statistics over many GPUs: sync, of all; shuffle, each GPU's own, keys
-        changing places (moco); local, each GPU's own. On CPUs sync means local
-      temperature: simclr, moco
-      momentum: moco, byol: of the slow encoder
-      queue: moco: keys that are kept
-      hidden_dim: width of the heads' hidden layers
-      embedding_dim: width of the embedding
-      predictor_dim: simsiam: the predictor's bottleneck
-    The run
-      out: its folder; by itself the next free runs/METHOD-DATASET-NUMBER
-      resume: go on with a run: --resume FOLDER; or --resume --out FOLDER, which starts it
-        where there is none
-      seed: of the weights, the data's order, views and mixtures
-      log_every: steps between lines of metrics.jsonl
-      eval_every: steps between k-NN evaluations; by itself ten a run; 0: none
-      checkpoint_every: steps between checkpoints; there is always one at the end
-      keep: checkpoints to keep
-      log_with: tensorboard, wandb or trackio beside metrics.jsonl
-      dry_run: take so many steps of this run, time the second half of them, print memory,
-        images/s and the run's hours; leaves no run
-    """
-    given = dict(locals())
-    s, folder = settings.read(given, dict(zip(given, pretrain.__defaults__)))
-    accelerator = _accelerator(s, folder)
-    say = accelerator.print
-    rank, world = accelerator.process_index, accelerator.num_processes
+@command(Pretraining)
+def pretrain(asked: Pretraining, given: Given) -> Path | None:
+    """Pretrain a backbone as `Pretraining` says; returns the run folder, or None after a dry run."""
+    asked, folder, began = read(asked, given)
+    accelerator = start(asked, folder)
     peers = Peers()
-    if folder is None and not s["dry_run"]:
-        run_folder.choose(s["out"], s["method"], s["dataset"])  # refuses a folder in use, in every process alike
+    if folder is None and not asked.dry_run:
+        run_folder.choose(asked.out, asked.method, asked.dataset)  # refuses a folder in use, in every process alike
 
-    # The data, and what depends on it.
-    s["dataset"] = data.absolute(s["dataset"])
-    names = "dataset subset split eval_split image_column label_column streaming skip_bad_images max_pixels"
-    with accelerator.local_main_process_first():
-        source = data.open_source(
-            **{name: s[name] for name in [*names.split(), "seed"]}, remembered=not accelerator.is_local_main_process
-        )
+    source = open_data(asked, accelerator)
     for line in source.found:
-        say(line)
-    method_file = METHODS[s["method"]]
-    draw_mixture = getattr(method_file, "sample_mixture", sample_mixture)
-    set_seed(s["seed"])
-    network = settings.resolve(s, source, method_file, accelerator.device.type, world)
-    part = s["batch_size"] // (world * s["accumulate"])
-    recipes = settings.recipes(s, method_file)
-    model = method_file.Method(network, **{k: s[k] for k in s["of_method"] if k not in settings.LOOP})
-    made_by = {"method": s["method"], "backbone": s["backbone"], "format": run_folder.FORMAT}
-    start, window, places, baselines, health = 0, {}, None, {}, {}
-    optimizer = _optimizer(model, s)
-    resumes = (
-        folder is not None and run_folder.last_checkpoint(folder) is not None
-    )  # else it was stopped before its first
-    if resumes:
-        optimizer_state, state = run_folder.load_checkpoint(folder, model, made_by)
-        for saved, group in zip(optimizer_state["param_groups"], optimizer.param_groups):
-            saved |= {k: v for k, v in group.items() if k == "fused"}  # of this machine and version, not of that run
-        optimizer.load_state_dict(optimizer_state)
-        start, baselines, health = (state[name] for name in ("step", "baselines", "health"))
-        own = state["processes"][rank if len(state["processes"]) == world else 0]
-        window, places = own["window"], [process["places"] for process in state["processes"]]
-    if resumes and start >= s["steps"] and (folder / "backbone.safetensors").exists():
-        raise UserError(f"--resume {folder}: is finished at step {start}; to train longer raise --epochs or --steps")
+        accelerator.print(line)
+    t = build(asked, given, source, accelerator, began)
+    resumes = folder is not None and run_folder.last_checkpoint(folder) is not None  # else it ended before its first
+    if folder is not None and resumes:
+        resume(t, folder)
+    distribute(t)
+    if source.note and t.s.eval_every:
+        accelerator.print(f"k-NN is left out: {source.note}")
+    if source.queries and t.s.eval_every and not t.start and not t.s.dry_run:
+        before_training(t)
+    if not t.s.dry_run:
+        open_folder(t, folder, peers)
+    describe(t)
+    open_feed(t)
 
-    # Processes, precision, compilation.
-    model.batch_norm = s["batch_norm"]
-    if world > 1 and s["batch_norm"] == "sync":
-        if accelerator.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        else:
-            say("note: on CPUs batch norm's statistics are each process's own")
-    model = model.to(accelerator.device, memory_format=torch.channels_last)
-    if s["compile"]:
-        model.compile()
-    bare = model
-    model, optimizer = accelerator.prepare(model, optimizer)
-    if resumes and accelerator.scaler:
-        accelerator.scaler.load_state_dict(state["scaler"])
-
-    if source.note and s["eval_every"]:
-        say(f"k-NN is left out: {source.note}")
-
-    # k-NN of what is there before training: before anything is written, since it meets unreadable images.
-    def evaluate(features):
-        return knn_accuracy(accelerator, source, features, image_size=s["image_size"], workers=s["workers"])
-
-    if source.queries and s["eval_every"] and not start and not s["dry_run"]:
-        baselines = {"knn_pixels": evaluate(pixels), "knn_random": evaluate(bare.backbone)}
-        say(
-            "k-NN before training: raw pixels {knn_pixels:.1f} %, random network {knn_random:.1f} %".format(**baselines)
-        )
-
-    # The run folder.
-    if not s["dry_run"]:
-        if accelerator.is_main_process:
-            folder = folder or run_folder.create(s["out"], s["method"], s["dataset"])
-            run_folder.cut_metrics(folder, start)
-            left_out.add(folder, source.left_out)
-            run_folder.write_json(folder / "config.json", {**s, "out": str(folder), "versions": run_folder.versions()})
-        folder = peers.folder = Path(broadcast_object_list([str(folder)])[0])
-        if s["log_with"]:
-            accelerator.project_configuration.logging_dir = str(folder)
-            plain = {k: v for k, v in s.items() if isinstance(v, (int, float, str, bool))}
-            accelerator.init_trackers("bsim", plain)
-    say(
-        f"{s['method']} on {s['dataset']}: {source.images or 'a stream of'} images of {s['image_size']} pixels, "
-        f"{s['backbone']}, {s['steps']} steps of {s['batch_size']} on {world} x {accelerator.device.type}, "
-        f"sim_weight {s['sim_weight']:g} -> {folder or 'nothing, a dry run'}"
-    )
-
-    batches, feed = _batches(source, recipes, s, part, start, places, accelerator)
-    if source.rows is None or source.train.in_workers:  # cropped by the workers
-        recipes = tuple(after_crop(recipe) for recipe in recipes)
-
-    to_device = _mover(accelerator.device)
-
-    def train_step(step):
-        """Take step `step`; returns the losses of its last part, and adds those of all to `window`."""
-        for group in optimizer.param_groups:
-            group["lr"] = s["peak_lr"] if group["constant"] else _lr(step, s)
-        for micro in range(s["accumulate"]):
-            pair = next(feed)
-            draws = generator(s["seed"], VIEW, step * s["accumulate"] + micro, rank)
-            a, b = (make_view(to_device(images), recipe, generator=draws) for images, recipe in zip(pair, recipes))
-            mixture = None
-            if s["sim_weight"] < 1:
-                views = torch.cat([a, b], 1) if bare.both_views else a
-                rule = dict(kind=s["mix"], alpha=s["alpha"], per_sample=s["per_sample"])
-                mixture = draw_mixture(views, **rule, generator=draws)
-            if step == 0 and micro == 0 and accelerator.is_main_process and not s["dry_run"]:
-                shown = pair[0] if source.rows is None else source.train.whole(batches.rows(0)[:8], s["image_size"])[0]
-                pictures.draw_views(folder / "views.png", shown, a, b, mixture, recipes)
-            with accelerator.accumulate(model):
-                losses = model(a, b, mixture, s["sim_weight"] > 0)
-                loss = _objective(losses, s["sim_weight"])
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            _add(window, loss=loss, sim=losses.sim, bsim=losses.bsim)
-        bare.after_step((step + 1) / s["steps"])
-        return losses
-
-    if s["dry_run"]:
-        with peers:
-            found = dry.measure(train_step, accelerator, s)
-        accelerator.end_training()
-        say(dry.report(found, bare, accelerator.device.type, feed.ahead, s))
-        return None
-
-    # The loop.
-    bar = progress(s["steps"], start=start, shown=accelerator.is_main_process)
-    knn, clock, since = None, time.perf_counter(), start
-    with guards.asked_to_stop() as asked, guards.leaves_nothing(folder, start), peers:
-        stop_asked = agreement(asked)
-        for step in range(start, s["steps"]):
-            losses = train_step(step)
-            done = step + 1
-
-            last = done == s["steps"]
-            evaluates = source.queries and s["eval_every"] and (last or done % s["eval_every"] == 0)
-            stops = stop_asked()
-            logs = last or evaluates or done % s["log_every"] == 0
-            saves = last or stops or done % s["checkpoint_every"] == 0
-            if logs or saves:
-                guards.check_finite(accelerator, window["loss"], folder, done, s, _lr, batches)
-            if logs:
-                line = _line(accelerator, window, losses, done, s)
-                line["images_per_second"] = round((done - since) * s["batch_size"] / (time.perf_counter() - clock), 1)
-                if evaluates:
-                    average_statistics(bare)
-                    line["knn"] = knn = evaluate(bare.backbone)
-                    line |= {} if "said" in baselines else baselines
-                    baselines["said"] = True
-                if guards.collapsed(health, line["feature_std"]):
-                    say(f"warning: step {done}: the embeddings collapse; {COLLAPSE}")
-                if accelerator.is_main_process:
-                    run_folder.append_metrics(folder, line)
-                accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=done)
-                shown = {"loss": f"{line['loss']:.3f}", "img/s": f"{line['images_per_second']:.0f}"}
-                bar.set_postfix(shown | ({"knn": f"{knn:.1f}%"} if knn is not None else {}), refresh=False)
-                clock, since = time.perf_counter(), done
-            bar.update()
-            if saves:
-                average_statistics(bare)
-                own = {name: [float(v) for v in values] for name, values in window.items()}
-                processes = gather_object([{"window": own, "places": feed.places}])
-                bad = set(gather_object(sorted(feed.bad)))
-                if accelerator.is_main_process:
-                    left_out.add(folder, [f"{name}: cannot be read" for name in sorted(bad)])
-                    state = {"made_by": made_by, "processes": processes, "baselines": baselines, "health": health}
-                    state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
-                    run_folder.save_checkpoint(folder, done, bare, optimizer.state_dict(), state, s["keep"])
-                accelerator.wait_for_everyone()
-            if stops and not last:
-                bar.close()
-                accelerator.end_training()
-                say(f"stopped at step {done}; go on with: accelerate launch bsim.py --resume {folder}")
-                return folder
-    bar.close()
-
-    # What is left behind.
-    if accelerator.is_main_process:
-        run_folder.save_backbone(folder, bare.backbone)
-        pictures.draw_curves(folder)
-    accelerator.end_training()
-    say(_summary(folder, s, knn, baselines, bad, health))
-    return folder
+    if t.s.dry_run:
+        return time_steps(t, peers)
+    finished = loop(t, peers)
+    if finished:
+        leave(t)
+    return t.folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before the loop.
 
 
-def _accelerator(s, folder):
+def start(asked: Pretraining, folder: Path | None) -> Accelerator:
     for word in ("all_gather is deprecated", "`broadcast_buffers` is deprecated"):  # what is to replace them is private
         warnings.filterwarnings("ignore", f".*{word}", FutureWarning)
-    try:
-        accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else it would not see torchrun's processes on a CPU
-            mixed_precision=s["mixed_precision"],
-            gradient_accumulation_steps=s["accumulate"],
-            log_with=s["log_with"],
-            project_dir=str(folder or s["out"] or "runs") if s["log_with"] else None,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # the others wait while one decodes; see Peers
-            ],
-        )
-    except ValueError as error:
-        raise UserError(f"--mixed_precision {s['mixed_precision']}: {error}") from None
+    accelerator = open_accelerator(
+        asked.mixed_precision,
+        gradient_accumulation_steps=asked.accumulate,
+        log_with=asked.log_with,
+        project_dir=str(folder or asked.out or "runs") if asked.log_with else None,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # the others wait while one decodes; see Peers
+        ],
+    )
     logging.getLogger("datasets").setLevel(logging.ERROR)
-    s["mixed_precision"] = str(accelerator.mixed_precision)
     return accelerator
 
 
-def _optimizer(model, s):
-    """Momentum SGD as published decays everything; LARS and AdamW leave biases and norms out."""
-    constant = getattr(model, "constant_lr", None)
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decayed = s["optimizer"] == "sgd" or parameter.ndim > 1
-            groups.setdefault((decayed, name.split(".")[0] == constant), []).append(parameter)
-    adapts = s["optimizer"] == "lars"  # timm's LARS would take steps of plain SGD where the weight decay is 0
-    groups = [
-        dict(params=params, constant=fixed, weight_decay=s["weight_decay"] * decayed, always_adapt=adapts and decayed)
-        for (decayed, fixed), params in groups.items()
-    ]
-    if s["optimizer"] == "lars":
-        return Lars(groups, lr=s["peak_lr"], momentum=0.9)
-    if s["optimizer"] == "sgd":
-        # Fused, its momentum would begin with whatever lies in memory where fp16's first step overflows (torch 2.14).
-        return torch.optim.SGD(groups, lr=s["peak_lr"], momentum=0.9, fused=s.get("mixed_precision") != "fp16")
-    return torch.optim.AdamW(groups, lr=s["peak_lr"], fused=True)
+def open_data(asked: Pretraining, accelerator: Accelerator) -> data.Source:
+    with accelerator.local_main_process_first():
+        return data.open_source(
+            asked.dataset,
+            subset=asked.subset,
+            split=asked.split,
+            eval_split=asked.eval_split,
+            image_column=asked.image_column,
+            label_column=asked.label_column,
+            streaming=asked.streaming,
+            skip_bad_images=asked.skip_bad_images,
+            max_pixels=asked.max_pixels,
+            seed=asked.seed,
+            remembered=not accelerator.is_local_main_process,
+        )
 
 
-def _lr(step, s):
-    """Linear warm-up, then half a cosine down to 0."""
-    if step < s["warmup_steps"]:
-        return s["peak_lr"] * (step + 1) / s["warmup_steps"]
-    progress = (step - s["warmup_steps"]) / (s["steps"] - s["warmup_steps"])
-    return s["peak_lr"] * (1 + math.cos(math.pi * progress)) / 2
+def build(
+    asked: Pretraining, given: Given, source: data.Source, accelerator: Accelerator, began: Began | None
+) -> Training:
+    """The method's network around the backbone, and its optimizer, with the weights that the seed gives."""
+    method_file = METHODS[asked.method]
+    set_seed(asked.seed)
+    s, network = resolve(
+        asked,
+        given,
+        source,
+        method_file,
+        device=accelerator.device.type,
+        world=accelerator.num_processes,
+        mixed_precision=str(accelerator.mixed_precision),
+        began=began,
+    )
+    method = method_file.Method(network, **s.heads)
+    draw_mixture = getattr(method_file, "sample_mixture", sample_mixture)
+    views = view_recipes(s, method_file)
+    return Training(s, accelerator, source, method, method, optimizer_of(method, s), views, draw_mixture)
 
 
-def _batches(source, recipes, s, part, start, places, accelerator):
-    rank, world = accelerator.process_index, accelerator.num_processes
-    share = dict(part_size=part, rank=rank, world=world, seed=s["seed"])
-    first, last = start * s["accumulate"], s["steps"] * s["accumulate"]
+def resume(t: Training, folder: Path) -> None:
+    """Put the last checkpoint of the run into `t`: weights, optimizer, and where everything stood."""
+    optimizer_state, state = run_folder.load_checkpoint(folder, t.method, t.made_by)
+    for saved, group in zip(optimizer_state["param_groups"], t.optimizer.param_groups):
+        saved |= {k: v for k, v in group.items() if k == "fused"}  # of this machine and version, not of that run
+    t.optimizer.load_state_dict(optimizer_state)
+    t.start, t.baselines, t.health = (state[name] for name in ("step", "baselines", "health"))
+    rank, world = t.accelerator.process_index, t.accelerator.num_processes
+    t.window = state["processes"][rank if len(state["processes"]) == world else 0]["window"]
+    t.places = [process["places"] for process in state["processes"]]
+    if t.accelerator.scaler:
+        t.accelerator.scaler.load_state_dict(state["scaler"])
+    if t.start >= t.s.steps and (folder / "backbone.safetensors").exists():
+        raise UserError(f"--resume {folder}: is finished at step {t.start}; to train longer raise --epochs or --steps")
+
+
+def distribute(t: Training) -> None:
+    """Batch norm over many processes, the device, compilation, and Accelerate's wrapping."""
+    model, accelerator = t.method, t.accelerator
+    model.batch_norm = t.s.batch_norm
+    if accelerator.num_processes > 1 and t.s.batch_norm == "sync":
+        if accelerator.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        else:
+            accelerator.print("note: on CPUs batch norm's statistics are each process's own")
+    model = model.to(accelerator.device, memory_format=torch.channels_last)
+    if t.s.compile:
+        model.compile()
+    t.method = model
+    t.model, t.optimizer = accelerator.prepare(model, t.optimizer)
+
+
+def evaluate(t: Training, features: Any) -> float:
+    return knn_accuracy(t.accelerator, t.source, features, image_size=t.s.image_size, workers=t.s.workers)
+
+
+def before_training(t: Training) -> None:
+    """k-NN of pixels and of the random network, before anything is written, since it meets unreadable images."""
+    t.baselines = {"knn_pixels": evaluate(t, pixels), "knn_random": evaluate(t, t.method.backbone)}
+    said = "k-NN before training: raw pixels {knn_pixels:.1f} %, random network {knn_random:.1f} %"
+    t.accelerator.print(said.format(**t.baselines))
+
+
+def open_folder(t: Training, folder: Path | None, peers: Peers) -> None:
+    if t.accelerator.is_main_process:
+        folder = folder or run_folder.create(t.s.out, t.s.method, t.s.dataset)
+        run_folder.cut_metrics(folder, t.start)
+        left_out.add(folder, t.source.left_out)
+        config = {**t.s.config(), "out": str(folder), "versions": run_folder.versions()}
+        run_folder.write_json(folder / "config.json", config)
+    t.folder = peers.folder = Path(broadcast_object_list([str(folder)])[0])
+    if t.s.log_with:
+        t.accelerator.project_configuration.logging_dir = str(t.folder)
+        plain = {k: v for k, v in t.s.config().items() if isinstance(v, (int, float, str, bool))}
+        t.accelerator.init_trackers("bsim", plain)
+
+
+def describe(t: Training) -> None:
+    s, accelerator = t.s, t.accelerator
+    accelerator.print(
+        f"{s.method} on {s.dataset}: {t.source.images or 'a stream of'} images of {s.image_size} pixels, "
+        f"{s.backbone}, {s.steps} steps of {s.batch_size} on {accelerator.num_processes} x {accelerator.device.type}, "
+        f"sim_weight {s.sim_weight:g} -> {t.folder or 'nothing, a dry run'}"
+    )
+
+
+def open_feed(t: Training) -> None:
+    """Open the batches of this process, from step `t.start` on."""
+    s, source, rank, world = t.s, t.source, t.accelerator.process_index, t.accelerator.num_processes
+    share: dict[str, Any] = dict(part_size=s.batch_size // (world * s.accumulate), rank=rank, world=world, seed=s.seed)
+    first, last = t.start * s.accumulate, s.steps * s.accumulate
     if source.rows is None:
-        workers = min(s["workers"], source.train.num_shards // world)
+        workers = min(s.workers, source.train.num_shards // world)
         readers = max(1, workers)
-        mine, goes_on = places_of(places, rank, world, readers)
-        if not goes_on:
-            accelerator.print("note: with another number of processes or workers the stream begins its next epoch")
-        share |= dict(readers=readers, skip_bad=s["skip_bad_images"], start=first, places=mine)
-        batches = StreamBatches(source, recipes, **share)
+        mine, resumes = places_of(t.places, rank, world, readers)
+        if not resumes:
+            t.accelerator.print("note: with another number of processes or workers the stream begins its next epoch")
+        share |= dict(readers=readers, skip_bad=s.skip_bad_images, start=first, places=mine)
+        t.batches = StreamBatches(source, t.views, **share)
     else:
-        workers = s["workers"] if source.train.in_workers else 0
-        batches = Batches(source, recipes, **share, batch_size=s["batch_size"])
-    return batches, Feed(batches, first, last, workers, pin=accelerator.device.type == "cuda")
+        workers = s.workers if source.train.in_workers else 0
+        t.batches = Batches(source, t.views, **share, batch_size=s.batch_size)
+    t.feed = Feed(t.batches, first, last, workers, pin=t.accelerator.device.type == "cuda")
+    if source.rows is None or source.train.in_workers:  # cropped by the workers
+        t.views = tuple(after_crop(recipe) for recipe in t.views)
+    t.to_device = mover(t.accelerator.device)
+
+
+def time_steps(t: Training, peers: Peers) -> None:
+    with peers:
+        found = dry_run.measure(lambda step: train_step(t, step), t.accelerator, t.s)
+    t.accelerator.end_training()
+    t.accelerator.print(dry_run.report(found, t.method, t.accelerator.device.type, t.feed.ahead, t.s))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In the loop.
+# The loop.
 
 
-def _mover(device):
-    """A function that moves a batch to `device`; on a GPU while the last step is still computed."""
-    if device.type != "cuda":
-        return lambda images: images.to(device, non_blocking=True)
-    copies = torch.cuda.Stream()
+def loop(t: Training, peers: Peers) -> bool:
+    """Train from step `t.start` on; False where the run was asked to stop before its end."""
+    s, folder = t.s, t.folder
+    assert folder is not None
+    bar = progress(s.steps, start=t.start, shown=t.accelerator.is_main_process)
+    clock = Clock(t.start)
+    with guards.asked_to_stop() as asked, guards.leaves_nothing(folder, t.start), peers:
+        stop_asked = agreement(asked)
+        for step in range(t.start, s.steps):
+            losses = train_step(t, step)
 
-    def move(images):
-        with torch.cuda.stream(copies):
-            moved = images.to(device, non_blocking=True)
-        torch.cuda.current_stream().wait_stream(copies)
-        moved.record_stream(torch.cuda.current_stream())  # else its memory could be given away before it is used
-        return moved
+            done, last, stops = step + 1, step + 1 == s.steps, stop_asked()
+            evaluates = bool(t.source.queries and s.eval_every and (last or done % s.eval_every == 0))
+            logs = last or evaluates or done % s.log_every == 0
+            saves = last or stops or done % s.checkpoint_every == 0
+            if logs or saves:
+                check_finite(t, done)
+            if logs:
+                log(t, losses, done, clock, evaluates, bar)
+            bar.update()
+            if saves:
+                save(t, done)
+            if stops and not last:
+                bar.close()
+                t.accelerator.end_training()
+                t.accelerator.print(f"stopped at step {done}; go on with: accelerate launch bsim.py --resume {folder}")
+                return False
+    bar.close()
+    return True
 
-    return move
+
+def train_step(t: Training, step: int) -> Losses:
+    """Take step `step`: draw the batch, its views and its mixtures; forward, backward, step.
+
+    Returns the losses of its last part, and adds those of all parts to `t.window`.
+    """
+    s, accelerator = t.s, t.accelerator
+    for group in t.optimizer.param_groups:
+        group["lr"] = s.peak_lr if group["constant"] else learning_rate(step, s)
+    for micro in range(s.accumulate):
+        pair = next(t.feed)
+        draws = generator(s.seed, VIEW, step * s.accumulate + micro, accelerator.process_index)
+        a, b = (make_view(t.to_device(images), recipe, generator=draws) for images, recipe in zip(pair, t.views))
+        mixture = None
+        if s.sim_weight < 1:
+            views = torch.cat([a, b], 1) if t.method.both_views else a
+            mixture = t.draw_mixture(views, kind=s.mix, alpha=s.alpha, per_sample=s.per_sample, generator=draws)
+        if step == 0 and micro == 0 and accelerator.is_main_process and t.folder is not None:
+            show(t, pair[0], a, b, mixture)
+        with accelerator.accumulate(t.model):
+            losses = t.model(a, b, mixture, s.sim_weight > 0)
+            loss = objective(losses, s.sim_weight)
+            accelerator.backward(loss)
+            t.optimizer.step()
+            t.optimizer.zero_grad()
+        for name, value in (("loss", loss), ("sim", losses.sim), ("bsim", losses.bsim)):
+            if value is not None:  # kept on the device: nothing waits for it between log lines
+                t.window.setdefault(name, []).append(value.detach().float())
+    t.method.after_step((step + 1) / s.steps)
+    return losses
 
 
-def _objective(losses, sim_weight):
+def objective(losses: Losses, sim_weight: float) -> torch.Tensor:
     """sim_weight x SIM + (1 - sim_weight) x BSIM; a part of weight 0 was never computed."""
     if losses.bsim is None:
+        assert losses.sim is not None
         return losses.sim
     if losses.sim is None:
         return losses.bsim
     return sim_weight * losses.sim + (1 - sim_weight) * losses.bsim
 
 
-def _add(window, **values):
-    """What was seen since the last log line, on the device: nothing waits for it between log lines."""
-    for name, value in values.items():
-        if value is not None:
-            window.setdefault(name, []).append(value.detach().float())
+def show(t: Training, sources: torch.Tensor, a: torch.Tensor, b: torch.Tensor, mixture: Mixture | None) -> None:
+    """views.png, before the first step."""
+    if t.source.rows is not None:
+        sources = t.source.train.whole(t.batches.rows(0)[:8], t.s.image_size)[0]
+    assert t.folder is not None
+    pictures.draw_views(t.folder / "views.png", sources, a, b, mixture, t.views)
 
 
-def _line(accelerator, window, losses, done, s):
-    """A line of metrics: means over the window, which is emptied, and over the processes."""
-    embeddings = F.normalize(losses.embeddings.detach().float(), dim=1)
-    # The standard deviation of a unit vector's coordinate, times sqrt(D): 1 when spread (SimSiam, section 4.1).
-    values = {"feature_std": embeddings.std(0).mean() * embeddings.shape[1] ** 0.5}
-    for name, seen in window.items():
-        values[name] = torch.stack([torch.as_tensor(v, device=accelerator.device) for v in seen]).mean()
-    values = {k: float(accelerator.reduce(v, reduction="mean")) for k, v in values.items()}
-    window.clear()
-    epoch = round(done / s["steps_per_epoch"], 3) if s["steps_per_epoch"] else None
-    numbers = {k: values.get(k) for k in ("loss", "sim", "bsim")}
-    return {"step": done, "epoch": epoch, **numbers, "lr": _lr(done - 1, s), "feature_std": values["feature_std"]}
+# ---------------------------------------------------------------------------------------------------------------------
+# What the loop writes.
 
 
-def _summary(folder, s, knn, baselines, bad, health):
-    lines = [f"finished {folder} at step {s['steps']}"]
-    if knn is not None:
-        lines.append(f"  k-NN          {knn:.1f} %")
-    if "knn_pixels" in baselines:
-        lines.append(f"  raw pixels    {baselines['knn_pixels']:.1f} %")
-        lines.append(f"  random net    {baselines['knn_random']:.1f} %")
-    if "warned" in health:
-        lines.append(f"  warning       the embeddings collapsed; {COLLAPSE}")
-    if bad:
-        lines.append(f"  skipped       {len(bad)} bad images")
-    lines.append(f"  weights       {folder / 'backbone.safetensors'}  ({s['backbone']}, as timm names them)")
-    lines.append(f"  look at       {folder / 'views.png'}, {folder / 'curves.png'}")
-    other = 1 if s["sim_weight"] < 1 else 0
-    again = {"method": s["method"], **{k: v for k, v in s["given"].items() if k not in NOT_AGAIN}}
-    words = " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in again.items())
-    words += f" --sim_weight {other}"
-    lines.append(f"next: accelerate launch bsim.py {words}   ({'plain ' if other else 'BSIM with '}{s['method']})")
-    return "\n".join(lines)
+def check_finite(t: Training, done: int) -> None:
+    assert t.folder is not None
+    losses = t.window["loss"]
+    guards.check_finite(
+        t.accelerator, losses, t.folder, done, t.s.accumulate, lambda step: learning_rate(step, t.s), t.batches
+    )
+
+
+def log(t: Training, losses: Losses, done: int, clock: Clock, evaluates: bool, bar: Any) -> None:
+    """A line of metrics.jsonl, of the tracker and of the progress bar."""
+    line = measured(t, losses, done)
+    line["images_per_second"] = clock.speed(done, t.s.batch_size)
+    if evaluates:
+        average_statistics(t.method)
+        line["knn"] = t.knn = evaluate(t, t.method.backbone)
+        line |= {} if "said" in t.baselines else t.baselines
+        t.baselines["said"] = True
+    if guards.collapsed(t.health, line["feature_std"]):
+        t.accelerator.print(f"warning: step {done}: the embeddings collapse; {COLLAPSE}")
+    if t.accelerator.is_main_process:
+        assert t.folder is not None
+        run_folder.append_metrics(t.folder, line)
+    t.accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=done)
+    shown = {"loss": f"{line['loss']:.3f}", "img/s": f"{line['images_per_second']:.0f}"}
+    bar.set_postfix(shown | ({"knn": f"{t.knn:.1f}%"} if t.knn is not None else {}), refresh=False)
+    clock.restart(done)
+
+
+def save(t: Training, done: int) -> None:
+    """A checkpoint, with what every process needs to resume."""
+    average_statistics(t.method)
+    own = {name: [float(v) for v in values] for name, values in t.window.items()}
+    processes = gather_object([{"window": own, "places": t.feed.places}])
+    bad = sorted(set(gather_object(sorted(t.feed.bad))))
+    if t.accelerator.is_main_process:
+        assert t.folder is not None
+        state = {"made_by": t.made_by, "processes": processes, "baselines": t.baselines, "health": t.health}
+        state["scaler"] = t.accelerator.scaler.state_dict() if t.accelerator.scaler else {}
+        left_out.add(t.folder, [f"{name}: cannot be read" for name in bad])
+        run_folder.save_checkpoint(t.folder, done, t.method, t.optimizer.state_dict(), state, t.s.keep)
+    t.accelerator.wait_for_everyone()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# After the loop.
+
+
+def leave(t: Training) -> None:
+    """The backbone, the curves, and a summary."""
+    bad = set(gather_object(sorted(t.feed.bad)))
+    if t.accelerator.is_main_process:
+        assert t.folder is not None
+        run_folder.save_backbone(t.folder, t.method.backbone)
+        pictures.draw_curves(t.folder)
+    t.accelerator.end_training()
+    t.accelerator.print(summary(t, bad))

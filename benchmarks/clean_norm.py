@@ -43,7 +43,7 @@ def judge(run: str) -> dict:
     loaded = load_backbone(run)
     config = loaded.config
     parts = data.open_labelled(config["dataset"], **{k: config[k] for k in DATA}, seed=config["seed"])
-    task = Task(Accelerator(cpu=not torch.accelerator.is_available()), loaded, *parts, {"workers": 0, "seed": 0})
+    task = Task(Accelerator(cpu=not torch.accelerator.is_available()), loaded, *parts, seed=0, workers=0, chosen={})
     loaded.network.to(task.accelerator.device, memory_format=torch.channels_last)
     renew_statistics(task)
     bank, classes = labelled_features(task, task.train)

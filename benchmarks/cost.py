@@ -10,6 +10,7 @@ The three take turns in one process; a ratio is the median over the turns, its s
 import argparse
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -19,8 +20,9 @@ from turns import in_turns, spread  # noqa: E402
 from bsim import make_view, sample_mixture  # noqa: E402
 from methods import METHODS  # noqa: E402
 from methods.networks import backbone  # noqa: E402
-from train import _objective, _optimizer  # noqa: E402
-from training.settings import LOOP  # noqa: E402
+from train import objective  # noqa: E402
+from training.optimize import optimizer_of  # noqa: E402
+from training.resolve import LOOP  # noqa: E402
 
 WEIGHTS = {"SIM": 1.0, "BSIM": 0.0, "both": 0.5}
 ALLOWED = {"simclr": 1.10, "moco": 1.10, "byol": 1.10, "simsiam": 1.45}
@@ -32,7 +34,7 @@ def built(file, name, size, device):
     s = file.defaults(image_size=size, width=network.num_features, steps=10_000, images=50_000)
     model = file.Method(network, **{k: v for k, v in s.items() if k not in LOOP})
     model = model.to(device, memory_format=torch.channels_last)
-    return model, _optimizer(model, {**s, "peak_lr": 0.01})
+    return model, optimizer_of(model, SimpleNamespace(**s, peak_lr=0.01, mixed_precision="no"))
 
 
 def stepper(name, sim_weight, options, device):
@@ -49,7 +51,7 @@ def stepper(name, sim_weight, options, device):
             mixture = sample_mixture(torch.cat([a, b], 1) if model.both_views else a, generator=draws)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
             losses = model(a, b, mixture, sim_weight > 0)
-        _objective(losses, sim_weight).backward()
+        objective(losses, sim_weight).backward()
         optimizer.step()
         optimizer.zero_grad()
         model.after_step(0.5)

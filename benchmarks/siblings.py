@@ -29,7 +29,7 @@ from eval.geometry import geometry  # noqa: E402
 from eval.knn import knn  # noqa: E402
 from eval.linear import linear  # noqa: E402
 from methods import METHODS, moco  # noqa: E402
-from methods.networks import SMALL, Losses  # noqa: E402
+from methods.networks import SMALL_STEM, Losses  # noqa: E402
 from train import pretrain  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +160,8 @@ def reversed_mixture(views, *, kind, alpha, per_sample, generator):
 
 
 def mixco_defaults(*, image_size, **scale):
-    return moco.defaults(image_size=image_size, **scale) | {"mix_temperature": 0.05 if image_size <= SMALL else 1.0}
+    temperature = 0.05 if image_size <= SMALL_STEM else 1.0
+    return moco.defaults(image_size=image_size, **scale) | {"mix_temperature": temperature}
 
 
 def _sibling(method, defaults=moco.defaults, **more):

@@ -31,7 +31,7 @@ from data import Source  # noqa: E402
 from loading.batches import VIEW, Batches, Feed, generator  # noqa: E402
 from methods import METHODS  # noqa: E402
 from methods.networks import backbone  # noqa: E402
-from train import _objective  # noqa: E402
+from train import objective  # noqa: E402
 
 PARTS = ("data", "views", "mixture", "network", "loss", "optimiser", "logging")
 LOSSES = {"simclr": "nt_xent", "moco": "info_nce", "byol": "negative_cosine", "simsiam": "negative_cosine"}
@@ -128,7 +128,7 @@ def ours(name, images, options, device):
         with part("network"):
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                 losses = model(a, b, mixture, options.sim_weight > 0)
-            loss = _objective(losses, options.sim_weight)
+            loss = objective(losses, options.sim_weight)
             loss.backward()
         with part("optimiser"):
             optimizer.step()

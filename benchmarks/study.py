@@ -168,7 +168,7 @@ def without_training(out: Path, options, more: dict) -> None:
         settings = {"run": "pixels", "protocol": "features", "workers": 0, "seed": 0}
         parts = data.open_labelled(options.dataset, **flags, seed=0)
         network = Backbone(torch.nn.Flatten(), "pixels", int(given["image_size"]), pixels, {})
-        metrics = from_features(Task(Accelerator(cpu=True), network, *parts, settings))
+        metrics = from_features(Task(Accelerator(cpu=True), network, *parts, seed=0, workers=0, chosen={}))
         write_result(pixels, "linear", options.dataset, settings, metrics)
         write_result(pixels, "knn", options.dataset, settings, {"top1": knn["metrics"]["pixels_top1"]})
 
@@ -200,7 +200,9 @@ def conclude(out: Path, options, commit: str) -> None:
         metrics = "knn top1,linear features top1,geometry uniformity,geometry embedding_uniformity"
         if names:
             compare(
-                ",".join(str(out / name) for name in names), metrics=metrics, out=str(out / f"compare-{number:03d}")
+                runs=",".join(str(out / name) for name in names),
+                metrics=metrics,
+                out=str(out / f"compare-{number:03d}"),
             )
 
 

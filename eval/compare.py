@@ -3,6 +3,12 @@
 python -m eval.compare --runs 'runs/study/*' --out runs/study-compared
 """
 
+from eval.settings import Compare
+from flags import answer, launch
+
+if __name__ == "__main__":  # before what is slow to import
+    answer(Compare, "eval.compare")
+
 import glob
 from itertools import combinations
 from pathlib import Path
@@ -11,9 +17,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-import flags
 from eval.results import read_results, table
-from flags import UserError
+from flags import Given, UserError, command
 from training.folder import config_of, write, write_json
 from training.pictures import colour_of, marks
 
@@ -150,24 +155,16 @@ def draw(path: Path, values: dict, by: list[str], metrics: list[str]) -> None:
     write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
-def compare(runs: str = "", by: str = "method,sim_weight", metrics: str | None = None, out: str | None = None) -> Path:
-    """Means, spreads and seeds of many runs' results; BSIM minus SIM with its interval; a chart.
-
-    Runs of a method that differ in more than the seed and --by are refused. Leaves compare.md, .json and .png.
-
-      runs: run folders, with commas between them or as a pattern: 'runs/study/*'
-      by: settings that make rows, with commas between them; sim_weight is one of them
-      metrics: those to show, as in 'knn top1,linear features top1'; by itself all top1
-      out: a folder for the three files; by itself the next free runs/compare-NUMBER
-    """
-    patterns = [word.strip() for word in runs.split(",") if word.strip()]
+@command(Compare)
+def compare(s: Compare, given: Given) -> Path:
+    patterns = [word.strip() for word in s.runs.split(",") if word.strip()]
     folders = sorted({path for word in patterns for path in glob.glob(word)}, key=str)
-    folders = [path for path in folders if Path(path, "config.json").exists() or "*" not in runs]
+    folders = [path for path in folders if Path(path, "config.json").exists() or "*" not in s.runs]
     if not folders:
-        raise UserError(f"--runs {runs or '(nothing)'}: no run there; want folders of finished runs")
-    rows = [word.strip() for word in by.split(",") if word.strip()]
+        raise UserError(f"--runs {s.runs or '(nothing)'}: no run there; want folders of finished runs")
+    rows = [word.strip() for word in s.by.split(",") if word.strip()]
     if "sim_weight" not in rows:
-        raise UserError(f"--by {by}: want sim_weight among them, or SIM and BSIM would be averaged")
+        raise UserError(f"--by {s.by}: want sim_weight among them, or SIM and BSIM would be averaged")
     found = [read_run(path) for path in folders]
     for name in rows:
         if not all(name in run["config"] for run in found):
@@ -178,15 +175,17 @@ def compare(runs: str = "", by: str = "method,sim_weight", metrics: str | None =
     every = list(dict.fromkeys(metric for row in values.values() for metric in row))
     if not every:
         raise UserError(
-            f"--runs {runs}: no results there; evaluate them first, as in python -m eval.knn --run {folders[0]}"
+            f"--runs {s.runs}: no results there; evaluate them first, as in python -m eval.knn --run {folders[0]}"
         )
     shown = (
-        [word.strip() for word in metrics.split(",")] if metrics else [m for m in every if m.endswith("top1")] or every
+        [word.strip() for word in s.metrics.split(",")]
+        if s.metrics
+        else [m for m in every if m.endswith("top1")] or every
     )
     for metric in shown:
         if metric not in every:
             raise UserError(f"--metrics {metric}: was not measured; there are {', '.join(every)}")
-    place = _free_place(out)
+    place = _free_place(s.out)
     differences = against_sim(values, rows)
     text = f"{_means(values, rows, shown)}\n\n{_differences(differences, rows, shown)}"
     listed = [{**dict(zip(rows, row)), **{m: spread(v.values()) for m, v in of.items()}} for row, of in values.items()]
@@ -234,4 +233,4 @@ def _differences(differences, by, metrics) -> str:
 
 
 if __name__ == "__main__":
-    flags.launch(compare, "eval.compare")
+    launch(compare, "eval.compare")

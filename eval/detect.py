@@ -3,7 +3,13 @@
 python -m eval.detect --run runs/moco-photos-001 --task voc --data VOCdevkit
 """
 
-import math
+from eval.settings import Detection
+from flags import answer, launch
+
+if __name__ == "__main__":  # before what is slow to import
+    answer(Detection, "eval.detect")
+
+import dataclasses
 import time
 import warnings
 from functools import partial
@@ -17,20 +23,19 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from timm.models.resnet import ResNet
 from torch import nn
 
-import flags
 from eval.boxes import Batches, Scenes, average_precision, open_scenes, picture, run_lengths
 from eval.command import finish, start
 from eval.detector import detector
 from eval.weights import load_backbone
-from flags import UserError, first_line, one_of, progress
+from flags import Given, UserError, command, defaults_of, first_line, flags_of, progress
 from loading.batches import VIEW, generator, made
-from methods.networks import SMALL, average_statistics
+from methods.networks import SMALL_STEM, average_statistics
 from methods.networks import backbone as build_backbone
 from training import folder as run_folder
 from training import guards
 from training.peers import Peers, agreement
 
-MAY_CHANGE = ("workers", "log_every", "checkpoint_every", "out", "resume")
+ON_RESUME = [field.name for field in flags_of(Detection) if field.metadata["on_resume"]]
 KEEP = 2  # checkpoints
 
 
@@ -43,6 +48,22 @@ class Recipe(NamedTuple):
     sides: range  # of training images, in 25ths of the side of test images
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectionRun(Detection):
+    """The settings of a detection run: what the schedule and the sizes come to stands beside the flags."""
+
+    steps: int
+    max_size: int
+    given: dict  # the flags
+    milestones: list[int]
+    warmup_steps: int
+    peak_lr: float
+    sides: list[int]
+
+    def __post_init__(self) -> None:
+        """Everything was checked when it was asked for."""
+
+
 RECIPES = {
     ("voc", None): Recipe(24_000, (18 / 24, 22 / 24), 100, range(15, 26)),
     ("coco", "1x"): Recipe(90_000, (60 / 90, 80 / 90), 1000, range(20, 26)),
@@ -50,83 +71,32 @@ RECIPES = {
 }
 
 
-def detect(
-    run: str = "",
-    init: str = "run",
-    task: str = "voc",
-    data: str = "",
-    schedule: str | None = None,
-    steps: int | None = None,
-    batch_size: int = 16,
-    lr: float = 0.02,
-    min_size: int = 800,
-    max_size: int | None = None,
-    backbone: str | None = None,
-    image_size: int | None = None,
-    workers: int | None = None,
-    mixed_precision: str | None = None,
-    seed: int = 0,
-    out: str | None = None,
-    resume: bool | str = False,
-    log_every: int = 20,
-    checkpoint_every: int = 1000,
-) -> dict:
-    """Train a detector from a backbone, all layers and batch norm's statistics with it (MoCo, section 4.2): box AP,
-    and mask AP on COCO. Many GPUs: accelerate launch -m eval.detect ...
-
-    The backbone
-      run: a run's folder, a checkpoint's folder, a backbone.safetensors, or a timm name
-      init: run, its weights; random or imagenet, other weights in the same network
-      backbone: the architecture, for a file without its config.json
-      image_size: for such a file: what it was trained at, which decides its stem
-    The task
-      task: voc, Faster R-CNN R50-FPN on VOC07+12, judged by 2007's test set; or coco,
-        Mask R-CNN R50-FPN on COCO 2017, judged by val2017
-      data: the VOCdevkit folder; or the COCO folder, with annotations/instances_*.json,
-        train2017/ and val2017/; or (voc) a dataset of the Hub or a folder of parquet
-        files with the columns image and objects (bbox as x, y, width, height; category)
-      schedule: coco: 1x, 90,000 steps, by itself; or 2x, 180,000
-      steps: by itself the schedule's, for voc 24,000; the learning rate falls at the
-        same shares of them
-      batch_size: images a step, over all processes
-      lr: for 16 images a step, and in proportion for more or fewer
-      min_size: shorter side of test images; training draws from 60 % of it (coco 80 %) on
-      max_size: of the longer side, at most; by itself 5/3 of min_size
-    The run
-      workers: processes that decode images; by itself up to 8
-      mixed_precision: no, fp16 or bf16
-      seed: of new weights, the data's order and what is drawn
-      out: its folder; by itself detect-TASK or detect-TASK-INIT in the run's
-      resume: go on with a run: --resume FOLDER; or --resume with the flags that began it,
-        which starts it where there is none
-      log_every: steps between lines of metrics.jsonl
-      checkpoint_every: steps between checkpoints; there is always one at the end
-    """
-    given = dict(locals())
-    s, folder, goes_on = _settings(given)
-    accelerator = start(s)
+@command(Detection)
+def detect(asked: Detection, given: Given) -> dict:
+    s, folder, resumes = _settings(asked, given)
+    accelerator, workers = start(s)
     warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated", FutureWarning)  # its heir is private
     accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)  # they are averaged when saved
     say, rank, world = accelerator.print, accelerator.process_index, accelerator.num_processes
     peers = Peers()
-    if s["batch_size"] % world:
-        raise UserError(f"--batch_size {s['batch_size']}: want a multiple of the {world} processes")
-    loaded = load_backbone(s["run"], architecture=s["backbone"], image_size=s["image_size"])
+    if s.batch_size % world:
+        raise UserError(f"--batch_size {s.batch_size}: want a multiple of the {world} processes")
+    loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
     network = _initialised(loaded, s)
-    train, test, note = open_scenes(s["task"], s["data"])
+    train, test, note = open_scenes(s.task, s.data)
     classes = [category["id"] for category in train.truth["categories"]]
-    masks = s["task"] == "coco"
-    batches = Batches(train, classes, masks, batch_size=s["batch_size"], rank=rank, world=world, seed=s["seed"])
+    masks = s.task == "coco"
+    batches = Batches(train, classes, masks, batch_size=s.batch_size, rank=rank, world=world, seed=s.seed)
 
-    model = detector(network, len(classes), masks, s["sides"], s["max_size"])
+    model = detector(network, len(classes), masks, s.sides, s.max_size)
     if world > 1 and accelerator.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     bare = model.to(accelerator.device)
     optimizer = _optimizer(bare, s)
-    made_by = {"protocol": "detect", "task": s["task"], "backbone": loaded.name, "classes": len(classes)}
+    made_by = {"protocol": "detect", "task": s.task, "backbone": loaded.name, "classes": len(classes)}
     made_by["format"] = run_folder.FORMAT
     first, window, scaler = 0, {}, None
-    if goes_on and run_folder.last_checkpoint(folder):
+    if resumes and run_folder.last_checkpoint(folder):
         optimizer_state, state = run_folder.load_checkpoint(folder, bare, made_by)
         optimizer.load_state_dict(optimizer_state)
         first, scaler = state["step"], state["scaler"]
@@ -138,27 +108,21 @@ def detect(
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         run_folder.cut_metrics(folder, first)
-        kept = {
-            **s,
-            "out": str(folder),
-            "protocol": "detect",
-            "backbone": loaded.name,
-            "versions": run_folder.versions(),
-        }
-        run_folder.write_json(folder / "config.json", kept)
+        kept = {**dataclasses.asdict(s), "out": str(folder), "protocol": "detect", "backbone": loaded.name}
+        run_folder.write_json(folder / "config.json", kept | {"versions": run_folder.versions()})
     accelerator.wait_for_everyone()
     peers.folder = folder
     if note:
         say(note)
     say(
-        f"detect, {s['task']}: {loaded.name} from {s['init']} on {s['data']}, {len(batches.kept)} images to train on, "
-        f"{len(test.images)} to be judged by, {len(classes)} classes, {s['steps']} steps of {s['batch_size']} on "
+        f"detect, {s.task}: {loaded.name} from {s.init} on {s.data}, {len(batches.kept)} images to train on, "
+        f"{len(test.images)} to evaluate on, {len(classes)} classes, {s.steps} steps of {s.batch_size} on "
         f"{world} x {accelerator.device.type} -> {folder}"
     )
     with peers:
-        if not _train(accelerator, model, bare, optimizer, batches, s, folder, first, window, made_by):
+        if not _train(accelerator, model, bare, optimizer, batches, s, workers, folder, first, window, made_by):
             return {}
-        found = predict(accelerator, bare, test, classes, s["workers"])
+        found = predict(accelerator, bare, test, classes, workers)
         metrics = {}
         if accelerator.is_main_process:
             metrics = average_precision(test.truth, found)
@@ -166,7 +130,8 @@ def detect(
                 mask_metrics = average_precision(test.truth, found, "segm")
                 metrics |= {f"mask_{name}": value for name, value in mask_metrics.items()}
         (metrics,) = broadcast_object_list([metrics])
-        finish(accelerator, loaded.folder, "detect", {**s, "backbone": loaded.name, "dataset": s["data"]}, metrics)
+        kept = {**dataclasses.asdict(s), "workers": workers, "backbone": loaded.name, "dataset": s.data}
+        finish(accelerator, loaded.folder, "detect", kept, metrics)
         if accelerator.is_main_process:
             run_folder.write_json(folder / "result.json", metrics)
     accelerator.end_training()
@@ -177,84 +142,67 @@ def detect(
 # Before the loop.
 
 
-def _settings(given):
-    """The settings, checked as far as they can be without the data; the folder; and whether a run there goes on."""
-    defaults = dict(zip(given, detect.__defaults__))
-    folder, resume = None, given["resume"]
-    if isinstance(resume, str):
-        if given["out"] is not None and Path(given["out"]) != Path(resume):
-            raise UserError(f"--out {given['out']}: a run goes on in its own folder; drop --out, or drop --resume")
-        folder = Path(resume).expanduser()
+def _settings(asked: Detection, given: Given) -> tuple[DetectionRun, Path, bool]:
+    """The settings, checked as far as they can be without the data; the folder; and whether a run there is resumed."""
+    if isinstance(asked.resume, str):
+        if asked.out is not None and Path(asked.out) != Path(asked.resume):
+            raise UserError(f"--out {asked.out}: a run is resumed in its own folder; drop --out, or drop --resume")
+        folder = Path(asked.resume).expanduser()
         run_folder.config_of(folder)  # raises where there is none
     else:
-        _check(given)
-        name = f"detect-{given['task']}" + f"-{given['init']}" * (given["init"] != "run")
-        folder = Path(given["out"]).expanduser() if given["out"] else _run_folder(given) / name
+        name = f"detect-{asked.task}" + f"-{asked.init}" * (asked.init != "run")
+        folder = Path(asked.out).expanduser() if asked.out else _run_folder(asked) / name
     if (folder / "result.json").exists():
         raise UserError(f"{folder}: holds a finished run; write to another folder: --out FOLDER")
-    goes_on = bool(resume) and (folder / "config.json").exists()
-    if goes_on:
-        given = _gone_on(folder, given, {k for k, v in given.items() if v != defaults[k] or k in flags.given})
-        _check(given)
+    resumes = bool(asked.resume) and (folder / "config.json").exists()
+    if resumes:
+        asked = _resumed(folder, asked, given)
     else:
         run_folder.choose(str(folder), "", "")  # refuses a folder in use
-    recipe = RECIPES[given["task"], given["schedule"] or ("1x" if given["task"] == "coco" else None)]
-    s = {**given, "given": given}
-    s["steps"] = given["steps"] or recipe.steps
-    s["milestones"] = [round(share * s["steps"]) for share in recipe.drops]
-    s["warmup_steps"] = min(recipe.warmup, max(1, s["steps"] // 10))
-    s["peak_lr"] = given["lr"] * given["batch_size"] / 16
-    s["sides"] = [given["min_size"] * part // 25 for part in recipe.sides]
-    s["max_size"] = given["max_size"] or given["min_size"] * 5 // 3
-    return s, folder, goes_on
+    recipe = RECIPES[asked.task, asked.schedule or ("1x" if asked.task == "coco" else None)]
+    steps = asked.steps or recipe.steps
+    resolved = dict(
+        given=dataclasses.asdict(asked),
+        steps=steps,
+        milestones=[round(share * steps) for share in recipe.drops],
+        warmup_steps=min(recipe.warmup, max(1, steps // 10)),
+        peak_lr=asked.lr * asked.batch_size / 16,
+        sides=[asked.min_size * part // 25 for part in recipe.sides],
+        max_size=asked.max_size or asked.min_size * 5 // 3,
+    )
+    return DetectionRun(**{**vars(asked), **resolved}), folder, resumes
 
 
-def _run_folder(given):
-    return load_backbone(given["run"], architecture=given["backbone"], image_size=given["image_size"]).folder
+def _run_folder(asked):
+    return load_backbone(asked.run, architecture=asked.backbone, image_size=asked.image_size).folder
 
 
-def _gone_on(folder, given, said):
-    """The flags of the run in `folder`, with those of `said`, given now, that may change."""
+def _resumed(folder: Path, asked: Detection, given: Given) -> Detection:
+    """The flags of the run in `folder`, with those given now that may change."""
     config = run_folder.config_of(folder)
     if config.get("protocol") != "detect":
         raise UserError(f"--resume {folder}: is no run of eval.detect")
-    had = config["given"]
-    for name in said - {*MAY_CHANGE}:
-        if given[name] != had.get(name):
+    had, defaults = config["given"], defaults_of(Detection)
+    said = {k: v for k, v in vars(asked).items() if v != defaults[k] or k in given.typed}
+    for name in said.keys() - {*ON_RESUME}:
+        if said[name] != had.get(name):
             raise UserError(
-                f"--resume {folder}: that run has --{name} {had.get(name)}, not {given[name]}; drop the flag, "
+                f"--resume {folder}: that run has --{name} {had.get(name)}, not {said[name]}; drop the flag, "
                 "or start another run: --out FOLDER"
             )
-    return had | {name: given[name] for name in said & {*MAY_CHANGE}}
-
-
-def _check(s):
-    one_of("init", s["init"], ("run", "random", "imagenet"))
-    one_of("task", s["task"], ("voc", "coco"))
-    if s["schedule"] is not None:
-        one_of("schedule", s["schedule"], ("1x", "2x"))
-        if s["task"] != "coco":
-            raise UserError(f"--schedule {s['schedule']}: only coco has schedules; for {s['task']} say --steps")
-    ranges = {
-        "1 or more": (lambda v: v >= 1, "steps batch_size log_every checkpoint_every"),
-        "a number above 0": (lambda v: 0 < v < math.inf, "lr"),
-        "32 or more": (lambda v: v >= 32, "min_size"),
-    }
-    flags.in_range(s, ranges)
-    if s["max_size"] is not None and s["max_size"] < s["min_size"]:
-        raise UserError(f"--max_size {s['max_size']}: want at least --min_size, {s['min_size']}")
+    return Detection(**had | {name: said[name] for name in said.keys() & {*ON_RESUME}})
 
 
 def _initialised(loaded, s):
     """The network with the weights that --init names."""
     if not isinstance(loaded.network, ResNet):
-        raise UserError(f"--run {s['run']}: is a {loaded.name}; detection wants a ResNet, whose four stages it reads")
-    if s["init"] == "random":
+        raise UserError(f"--run {s.run}: is a {loaded.name}; detection wants a ResNet, whose four stages it reads")
+    if s.init == "random":
         return build_backbone(loaded.name, loaded.image_size)
-    if s["init"] == "imagenet":
-        if loaded.image_size <= SMALL:
+    if s.init == "imagenet":
+        if loaded.image_size <= SMALL_STEM:
             raise UserError(
-                f"--init imagenet: this {loaded.name} has the stem for {SMALL} pixels or fewer; those weights have not"
+                f"--init imagenet: this {loaded.name} has the stem for up to {SMALL_STEM} pixels; its weights have not"
             )
         try:
             return timm.create_model(loaded.name, pretrained=True, num_classes=0)
@@ -263,8 +211,8 @@ def _initialised(loaded, s):
                 f"--init imagenet: timm's weights of {loaded.name} cannot be had ({first_line(error)}); "
                 "they are fetched from the Hub, once"
             ) from error
-    if not Path(s["run"]).expanduser().exists():
-        raise UserError(f"--run {s['run']}: a timm name brings no weights; say --init random or --init imagenet")
+    if not Path(s.run).expanduser().exists():
+        raise UserError(f"--run {s.run}: a timm name brings no weights; say --init random or --init imagenet")
     return loaded.network
 
 
@@ -276,13 +224,13 @@ def _optimizer(model, s):
         {"params": [p for p in model.parameters() if (p in norms) == normed], "weight_decay": 1e-4 * (not normed)}
         for normed in (False, True)
     ]
-    return torch.optim.SGD(groups, lr=s["peak_lr"], momentum=0.9)
+    return torch.optim.SGD(groups, lr=s.peak_lr, momentum=0.9)
 
 
 def _lr(step, s):
     """Linear warm-up, then constant, divided by 10 at each milestone."""
-    drops = sum(step >= milestone for milestone in s["milestones"])
-    return s["peak_lr"] * min(1, (step + 1) / s["warmup_steps"]) * 0.1**drops
+    drops = sum(step >= milestone for milestone in s.milestones)
+    return s.peak_lr * min(1, (step + 1) / s.warmup_steps) * 0.1**drops
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,20 +241,20 @@ def _on_device(image, device):
     return torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255
 
 
-def _train(accelerator, model, bare, optimizer, batches, s, folder, first, window, made_by):
+def _train(accelerator, model, bare, optimizer, batches, s, workers, folder, first, window, made_by):
     """Train from step `first` on; False where it was asked to stop."""
     device, rank = accelerator.device, accelerator.process_index
     model.train()
-    feed = made(batches, range(first, s["steps"]), s["workers"])
-    bar = progress(s["steps"], start=first, shown=accelerator.is_main_process)
+    feed = made(batches, range(first, s.steps), workers)
+    bar = progress(s.steps, start=first, shown=accelerator.is_main_process)
     clock, since = time.perf_counter(), first
     with guards.asked_to_stop() as asked, guards.leaves_nothing(folder, first), bar:
         stop_asked = agreement(asked)
-        for step, (images, targets) in zip(range(first, s["steps"]), feed):
+        for step, (images, targets) in zip(range(first, s.steps), feed):
             for group in optimizer.param_groups:
                 group["lr"] = _lr(step, s)
             # torchvision draws scales, anchors and proposals from torch's own generators.
-            torch.manual_seed(generator(s["seed"], VIEW, step, rank).initial_seed())
+            torch.manual_seed(generator(s.seed, VIEW, step, rank).initial_seed())
             targets = [{k: torch.from_numpy(v).to(device) for k, v in target.items()} for target in targets]
             losses = model([_on_device(image, device) for image in images], targets)
             loss = sum(losses.values())
@@ -316,13 +264,13 @@ def _train(accelerator, model, bare, optimizer, batches, s, folder, first, windo
             for name, value in {"loss": loss, **losses}.items():
                 window.setdefault(name, []).append(value.detach().float())
             done = step + 1
-            last, stops = done == s["steps"], stop_asked()
-            logs, saves = last or done % s["log_every"] == 0, last or stops or done % s["checkpoint_every"] == 0
+            last, stops = done == s.steps, stop_asked()
+            logs, saves = last or done % s.log_every == 0, last or stops or done % s.checkpoint_every == 0
             if logs or saves:
-                guards.check_finite(accelerator, window["loss"], folder, done, {**s, "accumulate": 1}, _lr, batches)
+                guards.check_finite(accelerator, window["loss"], folder, done, 1, partial(_lr, s=s), batches)
             if logs:
                 line = {"step": done, **_means(accelerator, window), "lr": _lr(step, s)}
-                speed = (done - since) * s["batch_size"] / (time.perf_counter() - clock)
+                speed = (done - since) * s.batch_size / (time.perf_counter() - clock)
                 if accelerator.is_main_process:
                     run_folder.append_metrics(folder, line | {"images_per_second": round(speed, 1)})
                 bar.set_postfix({"loss": f"{line['loss']:.3f}", "img/s": f"{speed:.1f}"}, refresh=False)
@@ -377,4 +325,4 @@ def predict(accelerator, model, scenes: Scenes, classes: list[int], workers: int
 
 
 if __name__ == "__main__":
-    flags.launch(detect, "eval.detect")
+    launch(detect, "eval.detect")

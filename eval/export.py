@@ -3,6 +3,12 @@
 python -m eval.export --run runs/moco --format detectron2
 """
 
+from eval.settings import Export
+from flags import answer, launch
+
+if __name__ == "__main__":  # before what is slow to import
+    answer(Export, "eval.export")
+
 import json
 import re
 import shutil
@@ -19,8 +25,8 @@ from torch import nn
 from bsim import ViewRecipe
 from eval.results import read_results, table
 from eval.weights import Backbone, load_backbone
-from flags import UserError, launch, one_of, reading
-from methods.networks import SMALL
+from flags import Given, UserError, command, reading
+from methods.networks import SMALL_STEM
 from training import folder as run_folder
 
 POSSIBLE = {
@@ -38,7 +44,7 @@ CARD = (
 
 def is_small(loaded: Backbone) -> bool:
     """Whether it has the stem that is for small images, which no library's constructor makes."""
-    return loaded.image_size <= SMALL and isinstance(loaded.network, ResNet)
+    return loaded.image_size <= SMALL_STEM and isinstance(loaded.network, ResNet)
 
 
 def refuse_tiny(loaded, library):
@@ -55,7 +61,7 @@ def refuse_small(loaded, library):
         raise UserError(
             f"--run: at {loaded.image_size} pixels its {loaded.name} begins with a 3x3 convolution and no max-pool, "
             f"{library}'s with 7x7. Write it with --format timm, which says how to load it, or train with --image_size "
-            f"{SMALL + 1} or more"
+            f"{SMALL_STEM + 1} or more"
         )
 
 
@@ -235,33 +241,15 @@ FORMATS = {  # who makes it, and what it is called by itself, in RUN/export
 }
 
 
-def export(
-    run: str = "",
-    format: str = "timm",
-    out: str | None = None,
-    backbone: str | None = None,
-    image_size: int | None = None,
-) -> Path:
-    """Write the backbone for timm, torchvision or Detectron2, or as a folder for the Hub; nothing is overwritten.
-
-    The backbone
-      run: a run's folder, a checkpoint's folder, a backbone.safetensors, or a timm name
-        for random weights
-      backbone: the architecture, for a file without its config.json
-      image_size: by itself the run's
-    What is written
-      format: timm or torchvision (safetensors with their names), detectron2 (the .pkl that
-        MODEL.WEIGHTS of its R50-C4 takes), or hub (a folder with a model card)
-      out: the file, or the folder of hub; by itself in RUN/export
-    """
-    one_of("format", format, FORMATS)
-    make, name = FORMATS[format]
+@command(Export)
+def export(s: Export, given: Given) -> Path:
+    make, name = FORMATS[s.format]
     ending = Path(name).suffix
-    if out is not None and ending and Path(out).suffix != ending:
-        raise UserError(f"--out {out}: want a name that ends in {ending}, as in {Path(out).with_suffix(ending)}")
+    if s.out is not None and ending and Path(s.out).suffix != ending:
+        raise UserError(f"--out {s.out}: want a name that ends in {ending}, as in {Path(s.out).with_suffix(ending)}")
     torch.manual_seed(0)  # for a timm name
-    loaded = load_backbone(run, architecture=backbone, image_size=image_size)
-    target = Path(out).expanduser() if out is not None else loaded.folder / "export" / name
+    loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
+    target = Path(s.out).expanduser() if s.out is not None else loaded.folder / "export" / name
     if target.exists():
         another = target.with_name(f"{target.stem}-2{ending}")
         raise UserError(f"--out {target}: exists, and nothing is overwritten; name another: --out {another}")
@@ -269,7 +257,7 @@ def export(
     target.parent.mkdir(parents=True, exist_ok=True)
     run_folder.write(target, lambda aside: _put(aside, content))
     values = sum(v.numel() for v in loaded.network.parameters())
-    print(table([[format, loaded.name, f"{values:,}", target]], ["for", "architecture", "parameters", "written"]))
+    print(table([[s.format, loaded.name, f"{values:,}", target]], ["for", "architecture", "parameters", "written"]))
     print(how)
     return target
 

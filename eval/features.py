@@ -32,7 +32,7 @@ def labelled_features(task, part: data.Labelled, network=None):
     """(features [N, D], classes [N]) of all readable images of `part`, on every process."""
     network = network or task.backbone.network.eval()
     found, known = features(
-        task.accelerator, network, part[:2], image_size=task.backbone.image_size, workers=task.settings["workers"]
+        task.accelerator, network, part[:2], image_size=task.backbone.image_size, workers=task.workers
     )
     good = known >= 0
     return found[good], part.labels.to(found.device)[good]

@@ -3,6 +3,12 @@
 python -m eval.geometry --run runs/sim --beside runs/bsim
 """
 
+from eval.settings import Geometry
+from flags import answer, launch
+
+if __name__ == "__main__":  # before what is slow to import
+    answer(Geometry, "eval.geometry")
+
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +21,10 @@ from scipy.stats import gaussian_kde
 
 from bsim import alignment, make_view, uniformity
 from data import Source
-from eval.command import launch, protocol
+from eval.command import Task, protocol
 from eval.features import features
 from eval.weights import Backbone, load_backbone, load_method
-from flags import UserError, in_range
+from flags import UserError
 from loading.batches import SPLIT, VIEW, Batches, Feed, generator, whole_images
 from loading.images import after_crop
 from methods import METHODS
@@ -78,14 +84,14 @@ def of_views(task, loaded, part, rows, network):
     size, rank, world = min(256, len(rows)), task.accelerator.process_index, task.accelerator.num_processes
     recipes, images = recipes_of(loaded), part.images
     size -= size % world
-    share = dict(batch_size=size, part_size=size // world, rank=rank, world=world, seed=task.settings["seed"])
+    share = dict(batch_size=size, part_size=size // world, rank=rank, world=world, seed=task.seed)
     batches = Batches(Source(images, rows, None, None, 0, None), recipes, **share)
-    workers = task.settings["workers"] if images.in_workers else 0
+    workers = task.workers if images.in_workers else 0
     feed = Feed(batches, 0, batches.steps_per_epoch, workers, pin=False)
     recipes = tuple(after_crop(recipe) for recipe in recipes) if images.in_workers else recipes
     found = ([], [])
     for step, pair in enumerate(feed):
-        draws = generator(task.settings["seed"], VIEW, step, rank)
+        draws = generator(task.seed, VIEW, step, rank)
         for side, pixels, recipe in zip(found, pair, recipes):
             side.append(network(make_view(pixels.to(task.accelerator.device), recipe, generator=draws)).float())
     return (F.normalize(task.accelerator.gather(torch.cat(side)), dim=1) for side in found)
@@ -100,7 +106,7 @@ def measure(task, loaded, rows):
         networks["embedding_"] = torch.nn.Sequential(method.backbone, method.projector)
     metrics, first = {}, None
     for name, network in networks.items():
-        options = dict(image_size=loaded.image_size, workers=task.settings["workers"])
+        options = dict(image_size=loaded.image_size, workers=task.workers)
         x, known = features(task.accelerator, network, (part.images, rows), **options)
         x = F.normalize(x[known >= 0], dim=1)
         first = x if first is None else first
@@ -108,40 +114,22 @@ def measure(task, loaded, rows):
     return metrics, first
 
 
-def check(s: dict) -> None:
-    in_range(s, {"100 or more": (lambda v: v >= 100, "images")})
-    for run in (s["beside"] or "").split(","):
-        if run.strip():
-            load_backbone(run.strip())
-    if s["out"] and Path(s["out"]).exists():
-        raise UserError(f"--out {s['out']}: exists; name another picture")
-
-
-@protocol(check)
-def geometry(task, *, beside: str | None = None, images: int = 2000, out: str | None = None) -> dict:
-    """Alignment, uniformity, effective rank and spectrum of the features of held-out images, and a picture.
-
-    Alignment is the mean squared distance of two views' features (lower: closer), uniformity the log of the mean
-    Gaussian potential (lower: more even; Wang and Isola, 2020), on the unit sphere. Those of the projector, where the
-    run has a checkpoint, are called embedding_...
-
-    The protocol
-      beside: runs to lay beside it in the picture, with commas between them
-      images: how many held-out images
-      out: the picture; by itself the next free geometry.png in the run's folder
-    """
+@protocol(Geometry)
+def geometry(task: Task, s: Geometry) -> dict:
+    if s.out and Path(s.out).exists():
+        raise UserError(f"--out {s.out}: exists; name another picture")
+    beside = {name.strip(): load_backbone(name.strip()) for name in (s.beside or "").split(",") if name.strip()}
     part = task.test
-    order = torch.randperm(len(part.rows), generator=generator(task.settings["seed"], SPLIT))[:images]
+    order = torch.randperm(len(part.rows), generator=generator(task.seed, SPLIT))[: s.images]
     rows = part.rows[order.sort().values]
     metrics, clouds = None, []
-    for run in [None, *(name.strip() for name in (beside or "").split(",") if name.strip())]:
-        loaded = task.backbone if run is None else load_backbone(run)
+    for run, loaded in {s.run: task.backbone, **beside}.items():
         found, x = measure(task, loaded, rows)
         metrics = metrics or found
         colour = colour_of(loaded.config.get("sim_weight"))
-        clouds.append(Cloud(name_of(loaded, run or task.settings["run"]), x.cpu(), variance_shares(x).cpu(), colour))
+        clouds.append(Cloud(name_of(loaded, run), x.cpu(), variance_shares(x).cpu(), colour))
     if task.accelerator.is_main_process:
-        path = Path(out) if out else free_name(task.backbone.folder)
+        path = Path(s.out) if s.out else free_name(task.backbone.folder)
         shown = torch.cat([batch for batch, _ in whole_images(part.images, rows, min(96, task.backbone.image_size))])
         draw(path, clouds, shown)
         task.say(f"look at {path}")
@@ -206,4 +194,4 @@ def draw(path: Path, clouds, images) -> None:
 
 
 if __name__ == "__main__":
-    launch(geometry)
+    launch(geometry, "eval.geometry")

@@ -3,13 +3,18 @@
 python -m eval.knn --run runs/byol-digits-001
 """
 
+from eval.settings import KNN
+from flags import answer, launch
+
+if __name__ == "__main__":  # before what is slow to import
+    answer(KNN, "eval.knn")
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eval.command import POSITIVE, launch, protocol
+from eval.command import Task, protocol
 from eval.features import features, labelled_features, topk_accuracy
-from flags import in_range
 
 
 @torch.no_grad()
@@ -61,25 +66,19 @@ def knn_accuracy(accelerator, source, network, **options):
     return float((names[predicted] == truth[asked]).float().mean() * 100)
 
 
-@protocol(lambda s: in_range(s, {"1 or more": (lambda v: v >= 1, "k"), **POSITIVE}))
-def knn(task, *, k: int | None = None, temperature: float = 0.1) -> dict:
-    """Weighted k-NN on frozen features (Wu et al., 2018): top-1, top-5, and top-1 of raw pixels beside them.
-
-    The protocol
-      k: neighbours; by itself 200, but at most a tenth of a class
-      temperature: of the votes
-    """
+@protocol(KNN)
+def knn(task: Task, s: KNN) -> dict:
     train, test = task.train, task.test
-    task.settings["k"] = k = k or neighbours(train.labels)
+    task.chosen["k"] = k = s.k or neighbours(train.labels)
     bank, classes = labelled_features(task, train)
     queries, truth = labelled_features(task, test)
-    metrics = topk_accuracy(knn_votes(queries, bank, classes, k=k, temperature=temperature), truth)
+    metrics = topk_accuracy(knn_votes(queries, bank, classes, k=k, temperature=s.temperature), truth)
     bank, classes = labelled_features(task, train, pixels)
     queries, truth = labelled_features(task, test, pixels)
     centre = bank.mean(0)
-    votes = knn_votes(queries - centre, bank - centre, classes, k=k, temperature=temperature)
+    votes = knn_votes(queries - centre, bank - centre, classes, k=k, temperature=s.temperature)
     return metrics | {"pixels_top1": topk_accuracy(votes, truth)["top1"]}
 
 
 if __name__ == "__main__":
-    launch(knn)
+    launch(knn, "eval.knn")

@@ -4,6 +4,12 @@ python -m eval.linear --run runs/byol-digits-001
 accelerate launch -m eval.linear --run runs/moco --protocol sgd --preset moco
 """
 
+from eval.settings import Linear
+from flags import answer, launch
+
+if __name__ == "__main__":  # before what is slow to import
+    answer(Linear, "eval.linear")
+
 import hashlib
 import math
 import warnings
@@ -15,10 +21,9 @@ from sklearn.linear_model import LogisticRegression
 from timm.optim import Lars
 from torch import nn
 
-from eval.command import POSITIVE, launch, protocol
+from eval.command import Task, protocol
 from eval.features import labelled_features, topk_accuracy
 from eval.supervised import check_batch, fit
-from flags import UserError, in_range, one_of
 from loading.batches import SPLIT, generator
 
 # What was published for ImageNet and ResNet-50: rate for each 256 images, images a step, weight decay.
@@ -57,8 +62,8 @@ def from_features(task) -> dict:
         return {}
     centre, scale = train.mean(0), train.std(0) + 1e-6
     train = (train - centre) / scale
-    strength, accuracy = choose_strength(train, labels, task.settings["seed"])
-    task.settings.update(C=strength, accuracy_by_C=accuracy)
+    strength, accuracy = choose_strength(train, labels, task.seed)
+    task.chosen.update(C=strength, accuracy_by_C=accuracy)
     model = fit_logistic(train, labels, strength)
     scores = torch.full((len(truth), len(task.train.names)), -math.inf)
     scores[:, model.classes_] = torch.from_numpy(_decision(model, (test.cpu().numpy() - centre) / scale)).float()
@@ -93,53 +98,24 @@ def fingerprint(network) -> str:
     return found.hexdigest()
 
 
-def check(s: dict) -> None:
-    one_of("protocol", s["protocol"], ("features", "sgd"))
-    one_of("preset", s["preset"], PRESETS)
-    chosen = [k for k in ("batch_size", "lr", "weight_decay") if s[k] is not None] + ["epochs"] * (s["epochs"] != 100)
-    if s["protocol"] == "features" and chosen:
-        raise UserError(f"--{chosen[0]} {s[chosen[0]]}: is of --protocol sgd")
-    in_range(s, {"1 or more": (lambda v: v >= 1, "epochs batch_size"), **POSITIVE})
-
-
-@protocol(check)
-def linear(
-    task,
-    *,
-    protocol: str = "features",
-    preset: str = "moco",
-    epochs: int = 100,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    weight_decay: float | None = None,
-) -> dict:
-    """A linear classifier on frozen features: top-1 and top-5.
-
-    features: each image once, uncropped; then logistic regression with the strength of its regularisation chosen on a
-    fifth of train. Minutes, no learning rate to tune, and usually a little below sgd on large data, which sees many
-    crops of each image. sgd: what the papers report. Say which one a figure is from.
-
-    The protocol
-      protocol: features, or sgd: crop and flip, 100 epochs, cosine, batch statistics frozen
-      preset: of sgd: moco (SGD, 30 for 256 images) or simsiam (LARS, 1.6 for 4,096)
-      epochs: of sgd
-      batch_size: of sgd; by itself the preset's, but at most an eighth of the images
-      lr: of sgd, for each 256 images; by itself the preset's
-      weight_decay: of sgd; by itself the preset's
-    """
-    chosen = {k: v for k, v in dict(batch_size=batch_size, lr=lr, weight_decay=weight_decay).items() if v is not None}
+@protocol(Linear)
+def linear(task: Task, s: Linear) -> dict:
+    said = {"batch_size": s.batch_size, "lr": s.lr, "weight_decay": s.weight_decay}
     before = fingerprint(task.backbone.network)
-    if protocol == "features":
+    if s.protocol == "features":
         metrics = from_features(task)
     else:
         few = max(1, len(task.train.rows) // 8) // task.accelerator.num_processes * task.accelerator.num_processes
-        rule = PRESETS[preset] | {"batch_size": min(few, PRESETS[preset]["batch_size"])} | chosen
-        task.settings.update(rule)
-        metrics = by_sgd(task, epochs, **rule)
+        preset = PRESETS[s.preset]
+        rule = (
+            preset | {"batch_size": min(few, preset["batch_size"])} | {k: v for k, v in said.items() if v is not None}
+        )
+        task.chosen.update(rule)
+        metrics = by_sgd(task, s.epochs, **rule)
     if fingerprint(task.backbone.network) != before:
         raise RuntimeError("the backbone's weights changed: this is no linear evaluation")
     return metrics
 
 
 if __name__ == "__main__":
-    launch(linear)
+    launch(linear, "eval.linear")

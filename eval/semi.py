@@ -3,16 +3,22 @@
 python -m eval.semi --run runs/byol-digits-001 --percent 10
 """
 
+from eval.settings import Semi
+from flags import answer, launch
+
+if __name__ == "__main__":  # before what is slow to import
+    answer(Semi, "eval.semi")
+
 from pathlib import Path
 
 import pyarrow.compute as pc
 import torch
 from torch import nn
 
-from eval.command import POSITIVE, launch, protocol
+from eval.command import Task, protocol
 from eval.features import labelled_features, topk_accuracy
 from eval.supervised import check_batch, fit
-from flags import UserError, in_range
+from flags import UserError
 from loading.batches import SPLIT, generator
 from methods.networks import average_statistics
 
@@ -44,41 +50,14 @@ def listed_part(train, path: str) -> torch.Tensor:
     return torch.tensor([i for i, name in enumerate(names) if name in wanted])
 
 
-def check(s: dict) -> None:
-    in_range(s, {"above 0, up to 100": (lambda v: 0 < v <= 100, "percent"), **POSITIVE})
-    in_range(s, {"1 or more": (lambda v: v >= 1, "epochs batch_size")})
-
-
-@protocol(check)
-def semi(
-    task,
-    *,
-    percent: float = 10.0,
-    files: str | None = None,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    weight_decay: float = 0.0,
-) -> dict:
-    """Fine-tuning of the whole network with few labels: top-1 and top-5.
-
-    SGD with Nesterov momentum 0.9, crop and flip, a linear classifier on top, no warm-up, a cosine to zero; no weight
-    decay, as published.
-
-    The protocol
-      percent: share of the labels, in per cent: as many of every class, drawn from the seed
-      files: instead, a list of file names, such as those that SimCLR published
-      epochs: by itself 60 for up to 1 per cent, else 30
-      batch_size: images a step; by itself 1024, but at most an eighth of the images
-      lr: for each 256 images; by itself 0.05
-      weight_decay: by itself none
-    """
+@protocol(Semi)
+def semi(task: Task, s: Semi) -> dict:
     network, train, world = task.backbone.network, task.train, task.accelerator.num_processes
-    kept = listed_part(train, files) if files else balanced_part(train.labels, percent, task.settings["seed"])
-    batch_size = batch_size or max(2 * world, min(1024, len(kept) // 8) // world * world)
+    kept = listed_part(train, s.files) if s.files else balanced_part(train.labels, s.percent, task.seed)
+    batch_size = s.batch_size or max(2 * world, min(1024, len(kept) // 8) // world * world)
     check_batch(batch_size, len(kept), world)
-    epochs, lr = epochs or (60 if len(kept) <= 0.011 * len(train.rows) else 30), lr or 0.05
-    task.settings.update(epochs=epochs, lr=lr, batch_size=batch_size, images=len(kept))
+    epochs = s.epochs or (60 if len(kept) <= 0.011 * len(train.rows) else 30)
+    task.chosen.update(epochs=epochs, batch_size=batch_size, images=len(kept))
     each = torch.bincount(train.labels[kept], minlength=len(train.names))
     task.say(f"{len(kept)} labels, {int(each.min())} to {int(each.max())} of each class")
     model = nn.Sequential(network, nn.Linear(network.num_features, len(train.names))).train()
@@ -86,12 +65,12 @@ def semi(
     nn.init.zeros_(model[1].bias)
     if world > 1 and task.accelerator.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    rule = dict(momentum=0.9, nesterov=True, weight_decay=weight_decay)
-    descent = torch.optim.SGD(model.parameters(), lr=lr * batch_size / 256, **rule)
+    rule = dict(momentum=0.9, nesterov=True, weight_decay=s.weight_decay)
+    descent = torch.optim.SGD(model.parameters(), lr=s.lr * batch_size / 256, **rule)
     fit(task, model, train.rows[kept], descent, epochs=epochs, batch_size=batch_size)
     average_statistics(model)
     return topk_accuracy(*labelled_features(task, task.test, model.eval()))
 
 
 if __name__ == "__main__":
-    launch(semi)
+    launch(semi, "eval.semi")

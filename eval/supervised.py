@@ -23,7 +23,7 @@ def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
     What of the model takes no gradient stays as it is; whether batch statistics are updated is the caller's to say, by
     `train` and `eval`.
     """
-    accelerator, train, seed, size = task.accelerator, task.train, task.settings["seed"], task.backbone.image_size
+    accelerator, train, seed, size = task.accelerator, task.train, task.seed, task.backbone.image_size
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     labels = torch.zeros(int(train.rows.max()) + 1, dtype=torch.int64)
     labels[train.rows] = train.labels
@@ -32,7 +32,7 @@ def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
     source = Source(train.images, rows, None, None, size, None)
     batches = Batches(source, (recipe, recipe), batch_size=batch_size, **share)
     steps = epochs * batches.steps_per_epoch
-    workers = task.settings["workers"] if train.images.in_workers else 0
+    workers = task.workers if train.images.in_workers else 0
     feed = Feed(batches, 0, steps, workers, pin=device.type == "cuda")
     recipe = after_crop(recipe) if train.images.in_workers else recipe
     peaks = [group["lr"] for group in descent.param_groups]

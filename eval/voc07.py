@@ -7,7 +7,14 @@ What the paper leaves open is as in its code (fair_self_supervision_benchmark, t
 boxes of a class are all difficult, which VOC ignores, is left out of that class's training too: there it is a negative.
 """
 
+from eval.settings import VOC07
+from flags import answer, launch
+
+if __name__ == "__main__":  # before what is slow to import
+    answer(VOC07, "eval.voc07")
+
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -25,7 +32,7 @@ from sklearn.svm import LinearSVC
 from eval.command import finish, start
 from eval.features import features
 from eval.weights import load_backbone
-from flags import UserError, in_range, launch, reading
+from flags import Given, UserError, command, reading
 from loading.batches import generator
 from loading.images import LargeImages, decode
 
@@ -255,70 +262,38 @@ def low_shot(train, truth, test, asked, shots: int, seed: int) -> dict:
     return {f"map_{shots}": float(best.mean()), f"map_{shots}_std": float(best.std())}
 
 
-def voc07(
-    run: str = "",
-    data: str = "",
-    low_shot: bool = False,
-    folds: int = 3,
-    backbone: str | None = None,
-    image_size: int | None = None,
-    workers: int | None = None,
-    mixed_precision: str | None = None,
-    seed: int = 0,
-) -> dict:
-    """VOC 2007 classification by linear SVMs on frozen features: mAP in per cent, with difficult boxes ignored.
-
-    Features have length 1. Each class's cost, of 2^-19 to 2^-4 and 10^-7 to 10^2, is chosen by cross-validation.
-    The backbone
-      run: a run's folder, a checkpoint's folder, a backbone.safetensors, or a timm name
-        for random weights
-      backbone: the architecture, for a file without its config.json
-      image_size: by itself the run's
-    The images
-      data: a VOCdevkit folder, or a dataset (a folder of .parquet files, or OWNER/NAME of
-        the Hub) with splits trainval, or train and validation, and test, and a column
-        objects, labels or classes that lists the classes of each image
-      workers: processes that decode images; by itself up to 8
-    The evaluation
-      low_shot: also with 1, 2, 4, 8, 16, 32, 64 and 96 positive images a class and 19 times
-        as many negative ones: the mean of five draws. It takes many times as long
-      folds: of the cross-validation
-      mixed_precision: no, fp16 or bf16
-      seed: of the draws, and of random weights
-    """
-    s = dict(locals())
-    if not data:
-        raise UserError("--data: want a VOCdevkit folder, or a Hub dataset OWNER/NAME")
-    in_range(s, {"2 or more": (lambda v: v >= 2, "folds")})
-    accelerator = start(s)
-    loaded = load_backbone(run, architecture=backbone, image_size=image_size)
-    s |= {"dataset": data, "backbone": loaded.name, "image_size": loaded.image_size}
-    train, test = read_sets(data)
-    names, truth, asked = truths(train, test, folds)
+@command(VOC07)
+def voc07(s: VOC07, given: Given) -> dict:
+    accelerator, workers = start(s)
+    loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
+    train, test = read_sets(s.data)
+    names, truth, asked = truths(train, test, s.folds)
     loaded.network.to(accelerator.device, memory_format=torch.channels_last).eval()
     accelerator.print(
-        f"voc07 of {run} ({loaded.name}, {loaded.image_size} pixels) on {data}: {len(truth)} images to learn from, "
-        f"{len(asked)} to be judged by, {len(names)} classes"
+        f"voc07 of {s.run} ({loaded.name}, {loaded.image_size} pixels) on {s.data}: {len(truth)} images to train on, "
+        f"{len(asked)} to evaluate on, {len(names)} classes"
     )
-    metrics = {}
-    known, queries = (unit_features(accelerator, loaded, part, s["workers"]) for part in (train, test))
+    metrics, costs = {}, {}
+    known, queries = (unit_features(accelerator, loaded, part, workers) for part in (train, test))
     if accelerator.is_main_process:
-        metrics, s["costs"] = _judge(accelerator.print, known, truth, queries, asked, names, s)
-    finish(accelerator, loaded.folder, "voc07", s, metrics)
+        metrics, costs = _judge(accelerator.print, known, truth, queries, asked, names, s)
+    resolved = {**asdict(s), "dataset": s.data, "workers": workers, "costs": costs}
+    resolved |= {"backbone": loaded.name, "image_size": loaded.image_size}
+    finish(accelerator, loaded.folder, "voc07", resolved, metrics)
     return metrics
 
 
 def _judge(say, train, truth, test, asked, names, s):
     """(metrics, {class: cost})."""
-    scores, costs = full(train, truth, test, s["folds"])
+    scores, costs = full(train, truth, test, s.folds)
     each = average_precisions(asked, scores) * 100
     metrics = {"map": float(each.mean()), "ap": dict(zip(names, each.tolist()))}
     fewest = min((truth == 1).sum(0).min(), (truth == 0).sum(0).min() // (len(names) - 1))
-    for shots in SHOTS if s["low_shot"] else ():
+    for shots in SHOTS if s.low_shot else ():
         if shots > fewest:
             say(f"no low-shot with {shots} images a class: some class allows {fewest} at most")
             break
-        metrics |= low_shot(train, truth, test, asked, shots, s["seed"])
+        metrics |= low_shot(train, truth, test, asked, shots, s.seed)
     return metrics, dict(zip(names, costs))
 
 

@@ -11,7 +11,7 @@ from flags import UserError, first_line, nearest, one_of
 from methods import METHODS
 from methods.networks import backbone, backbone_names
 from training import folder as run_folder
-from training.settings import LOOP
+from training.resolve import LOOP
 
 
 class Backbone(NamedTuple):
@@ -71,7 +71,9 @@ def load_backbone(run: str, *, architecture: str | None = None, image_size: int 
 def load_method(loaded: Backbone) -> nn.Module:
     """The whole method of the run's last checkpoint, projector included, around the backbone."""
     config = loaded.config
-    heads = {k: config[k] for k in config["of_method"] if k not in LOOP}
-    method = METHODS[config["method"]].Method(loaded.network, **heads)
+    method_file = METHODS[config["method"]]
+    scale = {"image_size": config["image_size"], "width": loaded.network.num_features}
+    published = method_file.defaults(**scale, steps=config["steps"], images=config["images"])
+    method = method_file.Method(loaded.network, **{k: config[k] for k in published if k not in LOOP})
     method.load_state_dict(load_file(run_folder.last_checkpoint(loaded.folder) / "method.safetensors"))
     return method

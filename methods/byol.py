@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from bsim import ViewRecipe, negative_cosine
-from methods.networks import SMALL, Losses, cosine, mlp, moving_average
+from methods.networks import SMALL_STEM, Losses, cosine, mlp, moving_average
 
 
 def defaults(*, image_size, width, steps, images):
     heads = dict(hidden_dim=2 * width, embedding_dim=256)  # section 3.3; 4096 and 256 for ResNet-50
     # tau_base, section 3.3; in short runs a memory of 1 % of the run, or 10 steps: a younger target teaches more.
     momentum = min(0.996, max(0.9, 1 - 100 / steps))
-    if image_size <= SMALL:  # ours, measured: README
+    if image_size <= SMALL_STEM:  # ours, measured: README
         return dict(optimizer="sgd", lr=0.2, weight_decay=5e-4, warmup_epochs=1.0, momentum=momentum, **heads)
     return dict(
         optimizer="lars",  # section 3.3
@@ -30,7 +30,7 @@ def defaults(*, image_size, width, steps, images):
 
 def views(image_size):
     """Appendix B, table 6: T blurs always; T' blurs one in ten, solarizes one in five. Neither for small images."""
-    if image_size <= SMALL:
+    if image_size <= SMALL_STEM:
         recipe = ViewRecipe(image_size, saturation=0.2, blur=0.0)
         return recipe, recipe
     recipe = ViewRecipe(image_size, scale=(0.08, 1), saturation=0.2)

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from bsim import ViewRecipe, info_nce
-from methods.networks import SMALL, Losses, deal, deal_back, gather, mlp, moving_average
+from methods.networks import SMALL_STEM, Losses, deal, deal_back, gather, mlp, moving_average
 
 
 def defaults(*, image_size, width, steps, images):
-    small = image_size <= SMALL
+    small = image_size <= SMALL_STEM
     return dict(
         optimizer="sgd",  # section 3.3
         lr=0.12 if small else 0.03,  # for each 256 images of a batch: section 3.3; small images: ours, README
@@ -32,7 +32,7 @@ def defaults(*, image_size, width, steps, images):
 
 def views(image_size):
     """v2, section 2: the recipe's own defaults; no blur for small images."""
-    recipe = ViewRecipe(image_size, blur=0.0 if image_size <= SMALL else 0.5)
+    recipe = ViewRecipe(image_size, blur=0.0 if image_size <= SMALL_STEM else 0.5)
     return recipe, recipe
 
 

@@ -3,14 +3,12 @@
 import math
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
-SMALL = 64  # images of this side or less get the small-image stem and recipes
+SMALL_STEM = 64  # images of this side or less get the small-image stem, and the views and rates for small images
 
 
 class Losses(NamedTuple):
@@ -27,6 +25,9 @@ def backbone(name: str, image_size: int) -> nn.Module:
     Any timm model without its classifier, randomly initialised, or "resnet_tiny": 0.7 million parameters, for CPUs.
     For images of 64 pixels or fewer a ResNet's stem is one 3x3 convolution and no max-pool (SimCLR, appendix B.9).
     """
+    import timm  # seconds, which --help need not wait for
+    from timm.models.resnet import BasicBlock, ResNet
+
     if name == "resnet_tiny":
         # Its stem has stride 2: at 32 pixels a quarter of the cost. Its blocks work from the start: with timm's
         # zero-initialised last norms, short runs ended 5 points of k-NN lower.
@@ -38,7 +39,7 @@ def backbone(name: str, image_size: int) -> nn.Module:
         network = timm.create_model(name, num_classes=0)
     # The width of what comes out, which for some (mobilenetv3) is not that of the last convolution.
     network.num_features = getattr(network, "head_hidden_size", None) or network.num_features
-    return _small_stem(network) if image_size <= SMALL and isinstance(network, ResNet) else network
+    return _small_stem(network) if image_size <= SMALL_STEM and isinstance(network, ResNet) else network
 
 
 def _small_stem(network, stride=1):
@@ -50,6 +51,8 @@ def _small_stem(network, stride=1):
 
 
 def backbone_names() -> list[str]:
+    import timm
+
     return ["resnet_tiny", *timm.list_models()]
 
 

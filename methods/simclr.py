@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from bsim import ViewRecipe, nt_xent
-from methods.networks import SMALL, Losses, gather_others, mlp
+from methods.networks import SMALL_STEM, Losses, gather_others, mlp
 
 
 def defaults(*, image_size, width, steps, images):
     heads = dict(hidden_dim=width, embedding_dim=128)  # section 2.1 and appendix B.6; 2048 and 128 for ResNet-50
-    if image_size <= SMALL:  # ours, measured: README
+    if image_size <= SMALL_STEM:  # ours, measured: README
         return dict(optimizer="sgd", lr=0.12, weight_decay=5e-4, warmup_epochs=1.0, temperature=0.2, **heads)
     return dict(
         optimizer="lars",  # section 2.2
@@ -26,7 +26,7 @@ def defaults(*, image_size, width, steps, images):
 
 def views(image_size):
     """Appendix A: colour strength 1 and blur half the time; appendix B.9: strength 0.5 and no blur for small images."""
-    if image_size <= SMALL:
+    if image_size <= SMALL_STEM:
         recipe = ViewRecipe(image_size, blur=0.0)
     else:
         recipe = ViewRecipe(image_size, scale=(0.08, 1), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from bsim import ViewRecipe, negative_cosine
-from methods.networks import SMALL, Losses, mlp
+from methods.networks import SMALL_STEM, Losses, mlp
 
 
 def defaults(*, image_size, width, steps, images):
-    small = image_size <= SMALL
+    small = image_size <= SMALL_STEM
     return dict(
         optimizer="sgd",  # section 3
         lr=0.4 if small else 0.05,  # for each 256 images of a batch: section 3; small images: ours, README
@@ -25,7 +25,7 @@ def defaults(*, image_size, width, steps, images):
 
 def views(image_size):
     """Appendix A: the recipe's own defaults; no blur for small images (appendix D)."""
-    recipe = ViewRecipe(image_size, blur=0.0 if image_size <= SMALL else 0.5)
+    recipe = ViewRecipe(image_size, blur=0.0 if image_size <= SMALL_STEM else 0.5)
     return recipe, recipe
 
 

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import flags
-from train import pretrain
+from training.settings import Pretraining
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,7 +37,7 @@ def test_help_fits_two_screens_and_shows_every_flag(place):
     done = command("--help", cwd=place)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) <= 70 and max(map(len, lines)) <= 110
-    for name in flags._kinds(pretrain):
+    for name in flags.kinds_of(Pretraining):
         assert sum(line.startswith(f"  --{name} ") for line in lines) == 1, name
     groups = [line for line in lines if line and not line.startswith(" ")]
     assert {"What is learned", "Data", "Network and schedule", "The run"} <= set(groups)
@@ -45,14 +46,16 @@ def test_help_fits_two_screens_and_shows_every_flag(place):
     assert any(line.startswith("  --seed ") and line.endswith("(0)") for line in lines)
 
 
-def function(
-    method: str = "byol", lr: float | None = None, epochs: int = 1, compile: bool = False, resume: bool | str = False
-):
-    """A function.
+@dataclass(frozen=True, kw_only=True)
+class Example(flags.Settings):
+    """An example."""
 
-    method: which
-    """
-    return dict(method=method, lr=lr, epochs=epochs, compile=compile, resume=resume)
+    method: str = flags.flag("byol", "which")
+    lr: float | None = flags.flag(None, "a rate")
+    epochs: int = flags.flag(1, "how long", range=flags.at_least(1))
+    compile: bool = flags.flag(False, "whether")
+    resume: bool | str = flags.flag(False, "what")
+    recipe: str | None = flags.flag(None, "a file")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,7 @@ def function(
 )
 def test_refusals(words, message):
     with pytest.raises(flags.UserError) as caught:
-        flags.check(function, words)
+        flags.check(Example, words)
     assert str(caught.value).startswith(message)
 
 
@@ -92,14 +95,9 @@ def test_refusals(words, message):
 def test_values_arrive_with_their_types(words, wanted, monkeypatch):
     seen = {}
 
-    def called(
-        method: str = "byol",
-        lr: float | None = None,
-        epochs: int = 1,
-        compile: bool = False,
-        resume: bool | str = False,
-    ):
-        seen.update(function(method, lr, epochs, compile, resume))
+    @flags.command(Example)
+    def called(s, given):
+        seen.update(vars(s))
 
     monkeypatch.setattr(sys, "argv", ["x", *words])
     flags.launch(called, "x")
@@ -108,7 +106,8 @@ def test_values_arrive_with_their_types(words, wanted, monkeypatch):
 
 
 def test_only_the_first_process_speaks(monkeypatch, capsys):
-    def refuses():
+    @flags.command(Example)
+    def refuses(s, given):
         raise flags.UserError("no")
 
     for rank, said in (("0", "x: no\n"), ("1", "")):

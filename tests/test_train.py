@@ -4,6 +4,7 @@ import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch import nn
 from flags import UserError
 from methods import METHODS
 from methods.networks import backbone
-from train import _lr, pretrain
+from train import pretrain
 from training import folder as run_folder
+from training.optimize import learning_rate
 
 ROOT = Path(__file__).parent.parent
 SHORT = dict(dataset="digits", split="train[:200]", batch_size=32, steps=6, log_every=2, eval_every=3)
@@ -107,7 +109,7 @@ def test_a_finished_run_can_be_trained_longer(place):
 def test_parts_of_a_batch_add_up(place, monkeypatch):
     """Without batch norm, whose statistics are a part's own, two parts take the step of the whole batch."""
     monkeypatch.setattr("train.make_view", lambda images, recipe, generator: images[..., :8, :8].float() / 255)
-    monkeypatch.setattr("training.settings.build_backbone", lambda name, size: Plain())
+    monkeypatch.setattr("training.resolve.build_backbone", lambda name, size: Plain())
     monkeypatch.setattr("methods.networks.nn.BatchNorm1d", lambda width, affine: nn.Identity())
     options = dict(method="simsiam", sim_weight=1.0, lr=0.5, image_size=8, **{**SHORT, "eval_every": 0})
     one, two = (weights(pretrain(**options, accumulate=n, out=f"parts{n}")) for n in (1, 2))
@@ -176,20 +178,20 @@ def test_collapse_shows(place, monkeypatch):
 
 
 def test_learning_rate_warms_up_and_falls_to_nothing():
-    s = dict(peak_lr=2.0, warmup_steps=10, steps=110)
-    assert _lr(0, s) == pytest.approx(0.2) and _lr(9, s) == 2.0 and _lr(10, s) == 2.0
-    assert _lr(60, s) == pytest.approx(1.0) and 0 < _lr(109, s) < 0.001
-    assert _lr(0, dict(peak_lr=2.0, warmup_steps=0, steps=5)) == 2.0
+    s = SimpleNamespace(peak_lr=2.0, warmup_steps=10, steps=110)
+    assert learning_rate(0, s) == pytest.approx(0.2) and learning_rate(9, s) == 2.0 and learning_rate(10, s) == 2.0
+    assert learning_rate(60, s) == pytest.approx(1.0) and 0 < learning_rate(109, s) < 0.001
+    assert learning_rate(0, SimpleNamespace(peak_lr=2.0, warmup_steps=0, steps=5)) == 2.0
 
 
 def test_an_overflow_in_the_first_step_of_half_precision_leaves_no_trace():
     """torch 2.14's fused SGD keeps uninitialised memory as its momentum then."""
-    from train import _optimizer
+    from training.optimize import optimizer_of
 
-    settings = dict(optimizer="sgd", peak_lr=0.1, weight_decay=0.0, mixed_precision="fp16")
+    settings = SimpleNamespace(optimizer="sgd", peak_lr=0.1, weight_decay=0.0, mixed_precision="fp16")
     model = torch.nn.Linear(400, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
-    optimizer, scaler = _optimizer(model, settings), torch.amp.GradScaler("cpu")
+    optimizer, scaler = optimizer_of(model, settings), torch.amp.GradScaler("cpu")
     for gradient in (float("inf"), 1.0, 1.0):
         scaler.scale(torch.zeros(())).item()
         model.weight.grad = torch.full_like(model.weight, gradient) * scaler.get_scale()
@@ -200,13 +202,15 @@ def test_an_overflow_in_the_first_step_of_half_precision_leaves_no_trace():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
 def test_optimisers_decay_what_they_should(place, optimizer):
-    from train import _optimizer
+    from training.optimize import optimizer_of
 
     method = METHODS["simsiam"]
     defaults = method.defaults(image_size=16, width=192, steps=9, images=99)
     heads = {k: v for k, v in defaults.items() if k.endswith("dim")}
     model = method.Method(backbone("resnet_tiny", 16), **heads)
-    groups = _optimizer(model, dict(optimizer=optimizer, peak_lr=1.0, weight_decay=0.5)).param_groups
+    groups = optimizer_of(
+        model, SimpleNamespace(optimizer=optimizer, peak_lr=1.0, weight_decay=0.5, mixed_precision="no")
+    ).param_groups
     total = sum(len(group["params"]) for group in groups)
     assert total == len(list(model.parameters()))
     if optimizer == "lars":  # without weight decay too
@@ -268,7 +272,7 @@ def test_a_folder_in_use_is_refused_and_left_alone(place):
     before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
     with pytest.raises(UserError, match="--out run: holds a finished run; write to another .* --resume run --epochs N"):
         pretrain(**SHORT, out="run")
-    with pytest.raises(UserError, match=r"--resume run: goes on with that run's settings.*\n.*\n  method +byol +moco$"):
+    with pytest.raises(UserError, match=r"--resume run: keeps the settings of that run.*\n.*\n  method +byol +moco$"):
         pretrain(resume="run", method="moco")
     assert before == {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
     Path("run/backbone.safetensors").unlink()
@@ -293,7 +297,7 @@ def test_a_flag_that_repeats_a_default_counts_on_the_command_line(place, monkeyp
     with pytest.raises(SystemExit) as caught:
         flags.launch(pretrain, "bsim.py")
     assert caught.value.code == 2 and "method             moco               byol" in seen[0][0]
-    assert "log_every" not in seen[0][0] and not flags.given
+    assert "log_every" not in seen[0][0]
 
 
 def test_the_proposed_command_repeats_the_flags(place, capsys):

@@ -9,8 +9,7 @@ import torch
 from accelerate.utils import gather_object
 
 from flags import progress
-
-LEAST = 6  # steps of a dry run: half of them are left out, and one alone says little
+from training.resolve import Run
 
 
 class Found(NamedTuple):
@@ -22,12 +21,12 @@ class Found(NamedTuple):
     memory: int  # bytes, at the peak, of the largest process
 
 
-def measure(train_step, accelerator, s: dict) -> Found:
+def measure(train_step, accelerator, s: Run) -> Found:
     """Take the first steps of the run by train_step(step); time all but the first half of them.
 
     The first ones pay for what is set up once, and use up batches that workers made before the clock was started.
     """
-    steps = min(s["dry_run"], s["steps"])
+    steps = min(s.dry_run, s.steps)
     skipped, clock = steps // 2, None
     bar = progress(steps, shown=accelerator.is_main_process)
     for step in range(steps):
@@ -40,7 +39,7 @@ def measure(train_step, accelerator, s: dict) -> Found:
     return Found(seconds, skipped, steps - skipped, max(gather_object([_peak(accelerator)])))
 
 
-def report(found: Found, model: torch.nn.Module, device: str, ahead: int, s: dict) -> str:
+def report(found: Found, model: torch.nn.Module, device: str, ahead: int, s: Run) -> str:
     """The text that is printed; `ahead` is how many batches the workers of a process hold ready."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained, every = sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes)
@@ -49,12 +48,12 @@ def report(found: Found, model: torch.nn.Module, device: str, ahead: int, s: dic
         f"dry run: {found.timed} steps timed, the {found.skipped} before them left out; nothing is written",
         f"  parameters    {trained:,} trained, {every:,} in all",
         f"  peak memory   {found.memory / 2**30:.2f} GiB {whose} by the largest process",
-        f"  speed         {s['batch_size'] / found.seconds:,.1f} images/s, {found.seconds:.4g} s a step",
-        f"  the run       {s['steps']:,} steps, {timedelta(seconds=round(s['steps'] * found.seconds))}"
+        f"  speed         {s.batch_size / found.seconds:,.1f} images/s, {found.seconds:.4g} s a step",
+        f"  the run       {s.steps:,} steps, {timedelta(seconds=round(s.steps * found.seconds))}"
         " (h:m:s), without start, k-NN and checkpoints",
     ]
-    if ahead > found.skipped * s["accumulate"]:
-        enough = 2 * -(-ahead // s["accumulate"])
+    if ahead > found.skipped * s.accumulate:
+        enough = 2 * -(-ahead // s.accumulate)
         lines.append(f"  note          workers hold {ahead} batches ready; are the data slow? --dry_run {enough}")
     return "\n".join(lines)
 

@@ -57,10 +57,11 @@ def leaves_nothing(folder: Path, start: int):
         raise
 
 
-def check_finite(accelerator, losses: list, folder: Path, done: int, s: dict, lr, batches) -> None:
+def check_finite(accelerator, losses: list, folder: Path, done: int, accumulate: int, lr, batches) -> None:
     """Stop the run if any of the losses since the last check, the last of step `done`, is not finite.
 
-    Writes failure.json with the step, its learning rate and the rows of its batch. Raises RunError.
+    accumulate: losses of a step. lr: the learning rate by step. Writes failure.json with the step, its learning rate
+    and the rows of its batch. Raises RunError.
     """
     values = torch.stack([torch.as_tensor(v, device=accelerator.device) for v in losses])
     bad = (~values.isfinite()).nonzero().flatten()
@@ -68,9 +69,9 @@ def check_finite(accelerator, losses: list, folder: Path, done: int, s: dict, lr
     first = int(accelerator.gather(first).min())
     if first == len(values):
         return
-    step = done - (len(values) - 1 - first) // s["accumulate"]
+    step = done - (len(values) - 1 - first) // accumulate
     rows = batches.step_rows(step - 1).tolist() if hasattr(batches, "step_rows") else None
-    found = {"step": step, "lr": lr(step - 1, s), "rows": rows}
+    found = {"step": step, "lr": lr(step - 1), "rows": rows}
     if accelerator.is_main_process:
         run_folder.write_json(folder / "failure.json", found)
     last = run_folder.last_checkpoint(folder)

@@ -1,177 +1,164 @@
-"""Settings: the flags checked, the ones left open filled in, and those of a run that is resumed."""
+"""What a user may say of a pretraining run. A field is a flag; None means that the user left it open.
 
-import math
-import os
+What is left open is filled in by `training/resolve.py`, whose `Run` has the same names and no None.
+"""
+
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
-import torch
-
-import data
-import flags
-from flags import UserError, first_line, nearest, one_of
+from flags import (
+    ABOVE_0,
+    NOT_NEGATIVE,
+    SEED,
+    SHARE,
+    SHARE_ABOVE_0,
+    Settings,
+    UserError,
+    at_least,
+    flag,
+    nearest,
+)
 from methods import METHODS
-from methods.networks import SMALL, backbone_names
-from methods.networks import backbone as build_backbone
-from training import dry_run
-from training import folder as run_folder
 
 OPTIMIZERS = ("sgd", "lars", "adamw")
-LOOP = ("optimizer", "lr", "weight_decay", "warmup_epochs")  # of a method's defaults, those its network does not take
-NETWORK = ("temperature", "momentum", "queue", "hidden_dim", "embedding_dim", "predictor_dim")
-MAY_CHANGE = "epochs steps log_every eval_every checkpoint_every keep log_with workers out resume".split()
+PRECISIONS = ("no", "fp16", "bf16")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+DRY_RUN = 6  # steps of a dry run, at least: half of them are left out, and one alone says little
 
 
-def read(given: dict, defaults: dict) -> tuple[dict, Path | None]:
-    """The settings, checked as far as they can be without the data; and, where a run goes on, its folder."""
-    s, folder = {**given, "given": {k: v for k, v in given.items() if v != defaults[k]}}, None
-    if given["epochs"] is not None and given["steps"] is not None:
-        raise UserError("--epochs and --steps: give one of them")
-    if given["resume"] == "" or given["resume"] is True and given["out"] is None:
-        raise UserError("--resume: name the run's folder, as in --resume runs/byol-digits-001")
-    if given["resume"]:
-        folder = Path(given["out"] if given["resume"] is True else given["resume"]).expanduser()
-        if given["resume"] is True and (given["dry_run"] or not (folder / "config.json").exists()):
-            folder = None  # --resume --out DIR: the same command starts a run and, after a kill, goes on with it
-    if folder and given["dry_run"] is not None:
-        raise UserError(
-            f"--dry_run {given['dry_run']}: times a new run, and --resume goes on with {folder}; drop --resume"
-        )
-    if folder:
-        if given["out"] is not None and Path(given["out"]).expanduser() != folder:
-            raise UserError(f"--out {given['out']}: a run goes on in its own folder; drop --out, or drop --resume")
-        s = _resumed(folder, {k: v for k, v in given.items() if v != defaults[k] or k in flags.given}, defaults)
-    check(s)
-    return s, folder
+@dataclass(frozen=True, kw_only=True)
+class Pretraining(Settings):
+    """Pretrain a backbone with SIM, BSIM or both. Leaves a run folder. Defaults stand in parentheses; a flag without
+    one takes the default of the method's paper (methods/*.py) or the one that its line names."""
+
+    method: str = flag("byol", "simclr, moco, byol or simsiam", choices=METHODS, heading="What is learned")
+    recipe: str | None = flag(
+        None, "a YAML file of flags, as in recipes/; flags on the command line win", on_resume=True
+    )
+    sim_weight: float = flag(
+        0.0, "share of the plain loss: 1 the plain method, 0 pure BSIM, between: both", range=SHARE
+    )
+    mix: str = flag("cutmix", "cutmix, mixup, or either at random", choices=("cutmix", "mixup", "either"))
+    alpha: float = flag(1.0, "shares of a mixture are drawn from Beta(alpha, alpha)", range=ABOVE_0)
+    per_sample: bool = flag(True, "one share for each image; --noper_sample: one for the batch")
+
+    dataset: str = flag(
+        "digits", "digits, a Hub id, a folder, .parquet .arrow .tar files, a saved dataset", heading="Data"
+    )
+    subset: str | None = flag(None, "configuration of a Hub dataset that has several")
+    split: str = flag("train", "training split; train[:5000] takes a part")
+    eval_split: str | None = flag(None, "k-NN queries; default: validation or test, else a held-out tenth")
+    image_column: str | None = flag(None, "for a dataset with several columns of images")
+    label_column: str | None = flag(None, "for a dataset with several columns of classes; none: no evaluation")
+    streaming: bool = flag(False, "read the data while training, where it does not fit the disk; needs --steps")
+    skip_bad_images: bool = flag(False, "leave out and count images that cannot be read")
+    max_pixels: int = flag(100_000_000, "of an image; one that claims more is a bad image", range=at_least(1))
+    workers: int | None = flag(
+        None, "processes that decode large images; default: up to 8", range=NOT_NEGATIVE, on_resume=True
+    )
+
+    backbone: str | None = flag(
+        None,
+        "any timm model, or resnet_tiny; default: resnet50, for 64 pixels or fewer resnet18, and there on a CPU "
+        "resnet_tiny",
+        heading="Network and schedule",
+    )
+    image_size: int | None = flag(
+        None, "default: the size of the images up to 64 pixels, at least 16; else 224", range=at_least(8)
+    )
+    min_crop: float | None = flag(
+        None, "smallest share of an image that a view shows; default: the method's", range=SHARE_ABOVE_0
+    )
+    flip: float | None = flag(None, "share of views that are mirrored; default: the method's", range=SHARE)
+    epochs: int | None = flag(None, "passes over the data; default: 50", range=at_least(1), on_resume=True)
+    steps: int | None = flag(None, "optimizer steps, instead of epochs", range=at_least(1), on_resume=True)
+    batch_size: int | None = flag(
+        None,
+        "images a step, over all processes and parts; default: 256, for under 16,384 images 128 or 64",
+        range=at_least(1),
+    )
+    accumulate: int = flag(1, "parts into which a process cuts its share of a batch", range=at_least(1))
+    mixed_precision: str | None = flag(
+        None, "no, fp16 or bf16; default: as `accelerate config` says", choices=PRECISIONS
+    )
+    compile: bool = flag(False, "use torch.compile")
+
+    optimizer: str | None = flag(
+        None, "sgd, lars or adamw", choices=OPTIMIZERS, heading="Default: what the method's paper says"
+    )
+    lr: float | None = flag(None, "for 256 images a step, scaled linearly; warm-up, then cosine", range=ABOVE_0)
+    weight_decay: float | None = flag(None, "LARS and AdamW leave out biases and norms", range=NOT_NEGATIVE)
+    warmup_epochs: float | None = flag(
+        None, "epochs of linear warm-up; in a stream a tenth of the steps", range=NOT_NEGATIVE
+    )
+    batch_norm: str | None = flag(
+        None,
+        "batch statistics over many GPUs: sync, of all; shuffle, each GPU's own, keys change GPUs (moco); local, each "
+        "GPU's own. On CPUs sync means local",
+        choices=("sync", "shuffle", "local"),
+    )
+    temperature: float | None = flag(None, "simclr, moco", range=ABOVE_0)
+    momentum: float | None = flag(None, "moco, byol: of the momentum encoder", range=SHARE)
+    queue: int | None = flag(None, "moco: length of the queue of keys", range=at_least(1))
+    hidden_dim: int | None = flag(None, "width of the hidden layers of the heads", range=at_least(1))
+    embedding_dim: int | None = flag(None, "width of the embedding", range=at_least(1))
+    predictor_dim: int | None = flag(None, "simsiam: bottleneck of the predictor", range=at_least(1))
+
+    out: str | None = flag(
+        None, "run folder; default: the next free runs/METHOD-DATASET-NUMBER", on_resume=True, heading="The run"
+    )
+    resume: bool | str = flag(
+        False,
+        "resume a run: --resume FOLDER; or --resume --out FOLDER, which starts the run where there is none",
+        on_resume=True,
+    )
+    seed: int = flag(0, "of the weights, the order of the data, the views and the mixtures", range=SEED)
+    log_every: int = flag(10, "steps between lines of metrics.jsonl", range=at_least(1), on_resume=True)
+    eval_every: int | None = flag(
+        None,
+        "steps between k-NN evaluations; default: ten a run; 0: none",
+        range=NOT_NEGATIVE,
+        on_resume=True,
+    )
+    checkpoint_every: int = flag(
+        1000, "steps between checkpoints; the last step always has one", range=at_least(1), on_resume=True
+    )
+    keep: int = flag(2, "checkpoints to keep", range=at_least(1), on_resume=True)
+    log_with: str | None = flag(
+        None, "tensorboard, wandb or trackio, beside metrics.jsonl", choices=TRACKERS, on_resume=True
+    )
+    dry_run: int | None = flag(
+        None,
+        "take this many steps, time the second half of them, print memory, images/s and the hours of the whole run; "
+        "leave no run",
+        range=at_least(DRY_RUN),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs is not None and self.steps is not None:
+            raise UserError("--epochs and --steps: give one of them")
+        if self.resume == "" or self.resume is True and self.out is None:
+            raise UserError("--resume: name the run's folder, as in --resume runs/byol-digits-001")
+        named = isinstance(self.resume, str)  # what this run has besides is in its folder
+        if (
+            not named
+            and self.batch_norm == "shuffle"
+            and getattr(METHODS[self.method].Method, "batch_norm", "sync") != "shuffle"
+        ):
+            raise UserError(f"--batch_norm shuffle: only moco has keys to shuffle; {self.method} takes sync or local")
+        if self.log_with is not None and not find_spec(self.log_with):
+            raise UserError(f"--log_with {self.log_with}: is not installed; pip install {self.log_with}")
+        if not named and self.streaming and self.steps is None:
+            raise UserError(
+                "--streaming: the length of a stream is not known; say how long to train, as in --steps 10000"
+            )
+        if self.backbone is not None:  # last: the names are timm's, which takes seconds to import
+            check_backbone(self.backbone)
 
 
-def _resumed(folder, changed, defaults):
-    """The settings of the run in `folder`, with those of `changed` that may change."""
-    config = run_folder.config_of(folder)
-    moved = data.absolute(changed.pop("dataset", config["dataset"]))
-    differ = [k for k, v in changed.items() if k not in MAY_CHANGE and config.get(k) != v]
-    if differ:
-        rows = "".join(f"\n  {k:<18} {config.get(k)!s:<18} {changed[k]}" for k in differ)
-        raise UserError(
-            f"--resume {folder}: goes on with that run's settings; drop these flags, or start another run"
-            f"\n  {'flag':<18} {'the run has':<18} you gave{rows}"
-        )
-    s = {k: config.get(k, defaults.get(k)) for k in (*defaults, "given", "images", "fingerprint")}
-    s |= {"dataset": moved, "moved": moved != config["dataset"]}
-    s |= {k: v for k, v in changed.items() if k in MAY_CHANGE}
-    if "epochs" in changed:
-        s["steps"] = None
-    elif "steps" in changed:
-        s["epochs"] = None
-    return s
+def check_backbone(name: str) -> None:
+    from methods.networks import backbone_names
 
-
-def check(s: dict) -> None:
-    """Raise UserError for the first setting that no data could make right."""
-    one_of("method", s["method"], METHODS)
-    one_of("mix", s["mix"], ("cutmix", "mixup", "either"))
-    if s["optimizer"] is not None:
-        one_of("optimizer", s["optimizer"], OPTIMIZERS)
-    if s["batch_norm"] is not None:
-        one_of("batch_norm", s["batch_norm"], ("sync", "shuffle", "local"))
-        if s["batch_norm"] == "shuffle" and getattr(METHODS[s["method"]].Method, "batch_norm", "sync") != "shuffle":
-            raise UserError(f"--batch_norm shuffle: only moco has keys to shuffle; {s['method']} takes sync or local")
-    if s["mixed_precision"] is not None:
-        one_of("mixed_precision", s["mixed_precision"], ("no", "fp16", "bf16"))
-    if s["log_with"] is not None:
-        one_of("log_with", s["log_with"], ("tensorboard", "wandb", "trackio"))
-        if not find_spec(s["log_with"]):
-            raise UserError(f"--log_with {s['log_with']}: is not installed; pip install {s['log_with']}")
-    if s["backbone"] is not None and s["backbone"] not in backbone_names():
-        names = backbone_names()
-        raise UserError(f"--backbone {s['backbone']}: no such timm model{nearest(s['backbone'], names)}")
-    ranges = {
-        "a share from 0 to 1": (lambda v: 0 <= v <= 1, "sim_weight momentum flip"),
-        "a share above 0, up to 1": (lambda v: 0 < v <= 1, "min_crop"),
-        "a number above 0": (lambda v: 0 < v < math.inf, "alpha lr temperature"),
-        "0 or more": (lambda v: 0 <= v < math.inf, "weight_decay warmup_epochs workers eval_every"),
-        "1 or more": (
-            lambda v: v >= 1,
-            "epochs steps batch_size accumulate queue hidden_dim embedding_dim predictor_dim log_every checkpoint_every"
-            " keep max_pixels",
-        ),
-        "from 0 to 4294967295": (lambda v: 0 <= v < 2**32, "seed"),
-        "8 or more": (lambda v: v >= 8, "image_size"),
-        f"{dry_run.LEAST} or more": (lambda v: v >= dry_run.LEAST, "dry_run"),
-    }
-    flags.in_range(s, ranges)
-    if s["streaming"] and s["steps"] is None:
-        raise UserError("--streaming: the length of a stream is not known; say how long to train, as in --steps 10000")
-
-
-def resolve(s: dict, source: data.Source, method_file, device: str, world: int):
-    """Fill in every setting that was left open; build and return the backbone."""
-    images = source.images
-    if s["image_size"] is None:
-        s["image_size"] = max(16, source.side) if source.side <= SMALL else 224
-    if s["backbone"] is None:
-        small = "resnet_tiny" if device == "cpu" else "resnet18"
-        s["backbone"] = small if s["image_size"] <= SMALL else "resnet50"
-    if s["batch_size"] is None:  # few images: smaller steps and more of them, which short runs gain by (README)
-        few = images is not None and min(256, max(64, 2 ** int(math.log2(images / 64))))
-        s["batch_size"] = max(2 * world * s["accumulate"], min(few or 256, images or 256))
-        s["batch_size"] -= s["batch_size"] % (world * s["accumulate"])
-    if s["batch_size"] % (world * s["accumulate"]) or s["batch_size"] < 2 * world * s["accumulate"]:
-        parts = f"{world} processes x --accumulate {s['accumulate']}"
-        raise UserError(f"--batch_size {s['batch_size']}: want a multiple of {parts}, with 2 images or more for each")
-    if images is not None and s["batch_size"] > images:
-        raise UserError(
-            f"--batch_size {s['batch_size']}: the dataset has {images} images to train on; want at most that"
-        )
-    if s.get("images", images) != images:
-        raise UserError(f"--resume: the dataset has {images} images now, and had {s['images']} when the run began")
-    data.check_same(source, s["dataset"], s.get("fingerprint"), s.pop("moved", False))
-    s |= {"images": images, "fingerprint": source.fingerprint}
-    s["steps_per_epoch"] = images // s["batch_size"] if images else None
-    if s["steps"] is None:
-        s["epochs"] = s["epochs"] or 50
-        s["steps"] = s["epochs"] * s["steps_per_epoch"]
-    if s["dry_run"] and s["steps"] < dry_run.LEAST:
-        raise UserError(f"--dry_run {s['dry_run']}: the run has {s['steps']} steps; want {dry_run.LEAST} or more")
-    if s["eval_every"] is None:
-        s["eval_every"] = max(1, s["steps"] // 10)
-    if s["workers"] is None:
-        s["workers"] = min(8, max(1, (os.cpu_count() or 1) // world))
-
-    network = _network(s["backbone"], s["image_size"])
-    scale = dict(image_size=s["image_size"], width=network.num_features, steps=s["steps"], images=images)
-    defaults = method_file.defaults(**scale)
-    for name in LOOP + NETWORK:
-        if name not in defaults and s.get(name) is not None:
-            raise UserError(f"--{name}: {s['method']} has none")
-    s["of_method"] = list(defaults)
-    for name, value in defaults.items():
-        if s.get(name) is None:
-            s[name] = value
-    s["batch_norm"] = s["batch_norm"] or getattr(method_file.Method, "batch_norm", "sync")
-    s["peak_lr"] = s["lr"] * s["batch_size"] / 256
-    warmup = round(s["warmup_epochs"] * s["steps_per_epoch"]) if images else s["steps"] // 10 * (s["warmup_epochs"] > 0)
-    s["warmup_steps"] = min(s["steps"] - 1, warmup)
-    return network
-
-
-def _network(name, size):
-    """The backbone, after one image has gone through it: not every timm model takes every size."""
-    try:
-        network = build_backbone(name, size)
-        with torch.no_grad():
-            width = network.eval()(torch.zeros(1, 3, size, size)).shape[1:]
-    except Exception as error:
-        raise UserError(f"--backbone {name}: does not take images of {size} pixels ({first_line(error)})") from error
-    if width != (network.num_features,):
-        raise UserError(f"--backbone {name}: gives {list(width)} numbers an image, not {network.num_features} features")
-    return network.train()
-
-
-def recipes(s: dict, method_file):
-    """The method's two recipes, with the crop and the flip that the flags or the data ask for."""
-    recipes = method_file.views(s["image_size"])
-    own = data.DIGITS if s["dataset"] == "digits" else dict(min_crop=recipes[0].scale[0], flip=recipes[0].flip)
-    for name, value in own.items():
-        s[name] = value if s[name] is None else s[name]
-    return tuple(recipe._replace(scale=(s["min_crop"], 1.0), flip=s["flip"]) for recipe in recipes)
+    if name not in backbone_names():
+        raise UserError(f"--backbone {name}: no such timm model{nearest(name, backbone_names())}")

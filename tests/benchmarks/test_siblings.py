@@ -15,7 +15,7 @@ from benchmarks import siblings
 from benchmarks.siblings import SIBLINGS, imix, keymix, mixco, reversed_mixture, unmix
 from bsim import info_nce, mixup, sample_mixture
 from methods import METHODS
-from methods.networks import SMALL
+from methods.networks import SMALL_STEM
 from tests.methods.test_methods import SCALE, Counting, N
 from train import pretrain
 from training.folder import read_metrics
@@ -57,7 +57,7 @@ def test_mixtures_of_mixco_have_their_own_temperature():
     q, b, negatives, weight, partner = inputs()
     pairing = dict(weight=weight, partner=partner)
     assert torch.equal(mixco(q, b, negatives, **pairing), imix(q, b, negatives, 0.05, **pairing))
-    small, large = (SIBLINGS["mixco"].defaults(**SCALE | {"image_size": size}) for size in (SMALL, 224))
+    small, large = (SIBLINGS["mixco"].defaults(**SCALE | {"image_size": size}) for size in (SMALL_STEM, 224))
     assert (small["mix_temperature"], large["mix_temperature"], small["temperature"]) == (0.05, 1.0, 0.2)
 
 

@@ -20,6 +20,7 @@ from eval.knn import knn, knn_predict, knn_votes
 from eval.linear import choose_strength, fingerprint, fit_logistic, linear
 from eval.results import read_results, write_result
 from eval.semi import balanced_part, semi
+from eval.settings import KNN
 from eval.weights import load_backbone
 from flags import UserError, help_text
 from tests.test_data import folder, picture, table
@@ -281,7 +282,7 @@ def test_it_is_a_command(run):
     )
     done = subprocess.run([*command, "--k", "3"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and last_line(run)["settings"]["k"] == 3
-    text = help_text(knn, "eval.knn")
+    text = help_text(KNN, "eval.knn")
     assert "--temperature       of the votes (0.1)" in text and "--run " in text
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from bsim import Mixture, info_nce, negative_cosine, nt_xent, sample_mixture
 from methods import METHODS
 from methods.networks import backbone, cosine, mlp, moving_average
-from training.settings import LOOP
+from training.resolve import LOOP
 
 N, D = 8, 12
 SCALE = dict(image_size=8, width=D, steps=100, images=64)

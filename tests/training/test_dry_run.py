@@ -55,7 +55,7 @@ def test_what_is_set_up_once_is_not_timed(place, capsys, monkeypatch):
         return bsim.make_view(images, recipe, generator=generator)
 
     monkeypatch.setattr("train.make_view", view)
-    monkeypatch.setattr("dry_run._now", lambda accelerator: sum(calls))
+    monkeypatch.setattr("training.dry_run._now", lambda accelerator: sum(calls))
     pretrain(**{**SHORT, "steps": 8}, dry_run=100)
     found = figures(capsys.readouterr().out)
     assert (found["timed"], found["skipped"], len(calls)) == (4, 4, 16)  # no longer than the run
@@ -76,7 +76,7 @@ def test_a_stream_with_workers_is_timed(place, capsys):
 def test_it_takes_the_steps_that_the_run_takes(place, monkeypatch):
     """The weights after a dry run of six steps are those of the run, to the bit."""
     seen = []
-    monkeypatch.setattr("dry_run.report", lambda found, model, *rest: seen.append(model.backbone.state_dict()))
+    monkeypatch.setattr("training.dry_run.report", lambda found, model, *rest: seen.append(model.backbone.state_dict()))
     options = {**SHORT, "eval_every": 0}
     pretrain(method="byol", **options, dry_run=6)
     folder = pretrain(method="byol", **options)
@@ -86,7 +86,7 @@ def test_it_takes_the_steps_that_the_run_takes(place, monkeypatch):
     assert not Path("new").exists() and not torch.equal(*(seen[i]["conv1.weight"] for i in (0, 1)))
     with pytest.raises(UserError) as caught:
         pretrain(resume=str(folder), steps=60, dry_run=20)
-    assert str(caught.value) == f"--dry_run 20: times a new run, and --resume goes on with {folder}; drop --resume"
+    assert str(caught.value) == f"--dry_run 20: times a new run, and --resume resumes {folder}; drop --resume"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_it_takes_the_steps_that_the_run_takes(place, monkeypatch):
         (dict(dry_run=5), "--dry_run 5: want 6 or more"),
         (dict(dry_run=0), "--dry_run 0: want 6 or more"),
         (dict(dry_run=20, steps=5), "--dry_run 20: the run has 5 steps; want 6 or more"),
-        (dict(dry_run=20, resume="nothing"), "--dry_run 20: times a new run, and --resume goes on with nothing; drop"),
+        (dict(dry_run=20, resume="nothing"), "--dry_run 20: times a new run, and --resume resumes nothing; drop"),
     ],
 )
 def test_refusals_write_nothing(place, options, message):

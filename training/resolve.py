@@ -1,0 +1,207 @@
+"""From what a user asked for to the settings of a run: what was left open is filled in, a resumed run keeps its own."""
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import data
+from bsim import ViewRecipe
+from flags import Given, UserError, defaults_of, first_line, flags_of
+from methods.networks import SMALL_STEM
+from methods.networks import backbone as build_backbone
+from training import folder as run_folder
+from training.settings import DRY_RUN, Pretraining
+
+LOOP = ("optimizer", "lr", "weight_decay", "warmup_epochs")  # of a method's defaults, those its network does not take
+HEADS = ("temperature", "momentum", "queue", "hidden_dim", "embedding_dim", "predictor_dim")
+ON_RESUME = [field.name for field in flags_of(Pretraining) if field.metadata["on_resume"]]
+
+
+class Began(NamedTuple):
+    """The data that a resumed run began with."""
+
+    images: int | None
+    fingerprint: str | None
+    moved: bool  # whether it is named anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Pretraining):
+    """The settings of a run: nothing is left open, and what follows from the data stands beside them."""
+
+    workers: int
+    backbone: str
+    image_size: int
+    min_crop: float
+    flip: float
+    steps: int
+    batch_size: int
+    mixed_precision: str
+    optimizer: str
+    lr: float
+    weight_decay: float
+    warmup_epochs: float
+    batch_norm: str
+    eval_every: int
+    heads: dict[str, Any]  # what the method's network takes: the flags of HEADS that it has, and what only it knows
+    given: dict[str, Any]  # the flags that were typed
+    images: int | None  # to train on; None for a stream
+    fingerprint: str | None  # of the relative names and sizes of local data
+    steps_per_epoch: int | None
+    peak_lr: float
+    warmup_steps: int
+
+    def __post_init__(self) -> None:
+        """Everything was checked when it was asked for."""
+
+    def config(self) -> dict[str, Any]:
+        """What config.json holds."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return found | found.pop("heads")
+
+
+def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Began | None]:
+    """The settings, checked as far as they can be without the data; of a resumed run its folder and data too."""
+    asked = dataclasses.replace(asked, dataset=data.absolute(asked.dataset))
+    if not asked.resume:
+        return asked, None, None
+    folder = Path(str(asked.out if asked.resume is True else asked.resume)).expanduser()
+    if asked.resume is True and (asked.dry_run or not (folder / "config.json").exists()):
+        return asked, None, None  # --resume --out FOLDER: the same command starts a run and, after a kill, resumes it
+    if asked.dry_run is not None:
+        raise UserError(
+            f"--dry_run {asked.dry_run}: times a new run, and --resume goes on with {folder}; drop --resume"
+        )
+    if asked.out is not None and Path(asked.out).expanduser() != folder:
+        raise UserError(f"--out {asked.out}: a run is resumed in its own folder; drop --out, or drop --resume")
+    config, defaults = run_folder.config_of(folder), defaults_of(Pretraining)
+    said = {
+        k: getattr(asked, k) for k in defaults if getattr(asked, k) != defaults[k] or k in given.typed | given.recipe
+    }
+    dataset = said.pop("dataset", config["dataset"])  # data that moved is named anew, and compared when it is open
+    differ = [k for k, v in said.items() if k not in ON_RESUME and config.get(k) != v]
+    if differ:
+        rows = "".join(f"\n  {k:<18} {config.get(k)!s:<18} {said[k]}" for k in differ)
+        raise UserError(
+            f"--resume {folder}: keeps the settings of that run; drop these flags, or start another run"
+            f"\n  {'flag':<18} {'the run has':<18} you gave{rows}"
+        )
+    merged = {k: config.get(k, default) for k, default in defaults.items()}
+    merged |= {k: v for k, v in said.items() if k in ON_RESUME}
+    merged["dataset"] = dataset
+    merged["epochs" if "steps" in said or merged["epochs"] is None else "steps"] = None  # the other one follows from it
+    began = Began(config.get("images"), config.get("fingerprint"), moved=dataset != data.absolute(config["dataset"]))
+    return Pretraining(**merged), folder, began
+
+
+def resolve(
+    asked: Pretraining,
+    given: Given,
+    source: data.Source,
+    method_file: ModuleType,
+    *,
+    device: str,
+    world: int,
+    mixed_precision: str,
+    began: Began | None = None,
+) -> tuple[Run, nn.Module]:
+    """Fill in every setting that was left open; build the backbone.
+
+    began: the data that a resumed run began with. Raises UserError where settings and data do not fit.
+    """
+    size = asked.image_size or (max(16, source.side) if source.side <= SMALL_STEM else 224)
+    small = "resnet_tiny" if device == "cpu" else "resnet18"
+    backbone = asked.backbone or (small if size <= SMALL_STEM else "resnet50")
+    batch_size = _batch_size(asked, source.images, world)
+    if began is not None and began.images not in (None, source.images):
+        raise UserError(
+            f"--resume: the dataset has {source.images} images now, and had {began.images} when the run began"
+        )
+    if began is not None:
+        data.check_same(source, asked.dataset, began.fingerprint, began.moved)
+    each = source.images // batch_size if source.images else None
+    epochs = asked.epochs if asked.steps else asked.epochs or 50
+    steps = asked.steps or (epochs or 0) * (each or 0)
+    if asked.dry_run and steps < DRY_RUN:
+        raise UserError(f"--dry_run {asked.dry_run}: the run has {steps} steps; want {DRY_RUN} or more")
+
+    network = _network(backbone, size)
+    scale = {"image_size": size, "width": network.num_features, "steps": steps, "images": source.images}
+    published = method_file.defaults(**scale)
+    for name in LOOP + HEADS:
+        if name not in published and getattr(asked, name) is not None:
+            raise UserError(f"--{name}: {asked.method} has none")
+    own = {k: v if (said := getattr(asked, k, None)) is None else said for k, v in published.items()}
+    loop = {name: own.pop(name) for name in LOOP}
+    warmup = round(loop["warmup_epochs"] * each) if each else steps // 10 * (loop["warmup_epochs"] > 0)
+    crop = _crop(asked, method_file, size)
+    filled = dict(
+        workers=min(8, max(1, (os.cpu_count() or 1) // world)) if asked.workers is None else asked.workers,
+        backbone=backbone,
+        image_size=size,
+        min_crop=crop["min_crop"] if asked.min_crop is None else asked.min_crop,
+        flip=crop["flip"] if asked.flip is None else asked.flip,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        mixed_precision=mixed_precision,
+        **loop,
+        batch_norm=asked.batch_norm or getattr(method_file.Method, "batch_norm", "sync"),
+        eval_every=max(1, steps // 10) if asked.eval_every is None else asked.eval_every,
+    )
+    derived = dict(
+        heads=own,
+        given={k: v for k, v in given.typed.items() if v != defaults_of(Pretraining)[k]},
+        images=source.images,
+        fingerprint=source.fingerprint,
+        steps_per_epoch=each,
+        peak_lr=loop["lr"] * batch_size / 256,
+        warmup_steps=min(steps - 1, warmup),
+    )
+    return Run(**{**vars(asked), **filled, **derived}), network
+
+
+def _batch_size(asked, images, world):
+    parts = world * asked.accumulate
+    size = asked.batch_size
+    if size is None:  # few images: smaller steps and more of them, which short runs gain by (docs/study.md)
+        few = 256 if images is None else min(256, max(64, 2 ** int(math.log2(images / 64))))
+        size = max(2 * parts, min(few, images or 256))
+        size -= size % parts
+    if size % parts or size < 2 * parts:
+        said = f"{world} processes x --accumulate {asked.accumulate}"
+        raise UserError(f"--batch_size {size}: want a multiple of {said}, with 2 images or more for each")
+    if images is not None and size > images:
+        raise UserError(f"--batch_size {size}: the dataset has {images} images to train on; want at most that")
+    return size
+
+
+def _network(name, size):
+    """The backbone, after one image has gone through it: not every timm model takes every size."""
+    try:
+        network = build_backbone(name, size)
+        with torch.no_grad():
+            width = network.eval()(torch.zeros(1, 3, size, size)).shape[1:]
+    except Exception as error:
+        raise UserError(f"--backbone {name}: does not take images of {size} pixels ({first_line(error)})") from error
+    if width != (network.num_features,):
+        raise UserError(f"--backbone {name}: gives {list(width)} numbers an image, not {network.num_features} features")
+    return network.train()
+
+
+def _crop(asked, method_file, size):
+    recipe = method_file.views(size)[0]
+    return data.DIGITS if asked.dataset == "digits" else {"min_crop": recipe.scale[0], "flip": recipe.flip}
+
+
+def view_recipes(s: Run, method_file: ModuleType) -> tuple[ViewRecipe, ...]:
+    """The method's two view recipes, with the crop and the flip of this run."""
+    recipes = method_file.views(s.image_size)
+    return tuple(recipe._replace(scale=(s.min_crop, 1.0), flip=s.flip) for recipe in recipes)
