@@ -257,7 +257,9 @@ def read(settings: type[S], typed: dict[str, Any]) -> tuple[S, Given]:
         return settings(**recipe, **typed), Given(typed, recipe)
     except UserError as error:
         wrong = next((name for name in recipe if str(error).startswith(f"--{name} ")), None)
-        raise UserError(f"--recipe {typed['recipe']}: {str(error)[2:]}") from None if wrong else error
+        if wrong is None:
+            raise
+        raise UserError(f"--recipe {typed['recipe']}: {str(error)[2:]}") from None
 
 
 def command(settings: type[S]) -> Callable[[Callable[[S, Given], Any]], Callable[..., Any]]:
