@@ -63,6 +63,14 @@ def opened(spec: str, subset: str | None, streaming: bool, skip_bad: bool = Fals
     return _hub(spec, subset, streaming)
 
 
+def splits_of(spec: str) -> dict:
+    """The splits of `spec` by name. Raises ValueError, with the reason alone, for a flag that is not --dataset."""
+    try:
+        return opened(spec, None, False).splits
+    except UserError as error:
+        raise ValueError(str(error).removeprefix(f"--dataset {spec}: ")) from error
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Local data.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -166,7 +167,11 @@ def split_words(name: str, words: dict[str, str]) -> set[str]:
 
 def by_name(names: list[str], words: dict[str, str]) -> tuple[dict[str, list[int]], list[str]]:
     """{split: rows of `names`} if every file's name has one split's name, else all as train; and notes."""
-    found = [split_words(name, words) for name in names]
+    heads = [re.fullmatch(r"(.+?)-\d+(-of-\d+)?\.\w+", os.path.basename(name)) for name in names]
+    if all(heads) and {head[1] for head in heads} & {*words, "trainval"}:  # as on the Hub: any word before the number
+        found = [{words.get(head[1], head[1])} for head in heads]
+    else:
+        found = [split_words(name, words) for name in names]
     if all(len(splits) == 1 for splits in found):
         splits = {}
         for i, (split,) in enumerate(found):
