@@ -222,7 +222,7 @@ def read_recipe(settings: type, path: str) -> dict[str, Any]:
             raise UserError(f"{where}: no such flag{nearest(name, kinds) or ';'} --help lists them")
         if name in found:
             raise UserError(f"{where}: given twice")
-        if not isinstance(value, yaml.ScalarNode):
+        if not isinstance(value, yaml.ScalarNode) or "python" in value.tag or value.tag.startswith("!"):
             raise UserError(f"{where}: want one value")
         null = value.tag.endswith(":null")
         if null and NoneType not in kinds[name]:
@@ -256,10 +256,9 @@ def read(settings: type[S], typed: dict[str, Any]) -> tuple[S, Given]:
     try:
         return settings(**recipe, **typed), Given(typed, recipe)
     except UserError as error:
-        wrong = next((name for name in recipe if str(error).startswith(f"--{name} ")), None)
-        if wrong is None:
-            raise
-        raise UserError(f"--recipe {typed['recipe']}: {str(error)[2:]}") from None
+        if any(str(error).startswith(f"--{name} ") for name in recipe):
+            raise UserError(f"--recipe {typed['recipe']}: {str(error)[2:]}") from None
+        raise
 
 
 def command(settings: type[S]) -> Callable[[Callable[[S, Given], Any]], Callable[..., Any]]:

@@ -57,7 +57,8 @@ def pretrain(asked: Pretraining, given: Given) -> Path | None:
     open_feed(t)
 
     if t.s.dry_run:
-        return time_steps(t, peers)
+        time_steps(t, peers)
+        return None
     finished = loop(t, peers)
     if finished:
         leave(t)

@@ -52,15 +52,13 @@ class Method(nn.Module):
     def forward(self, a, b, mixture=None, sim=True):
         with torch.no_grad():
             targets = self.target(torch.cat([b, a]))  # z'_xi of the other view
-        losses = Losses(None, None, None)
+        sim_loss, bsim_loss = None, None
         if sim:
-            loss, z = self.loss(torch.cat([a, b]), targets)
-            losses = losses._replace(sim=loss, embeddings=z)
+            sim_loss, z = self.loss(torch.cat([a, b]), targets)
         if mixture:
             mixed = torch.cat(mixture.images.chunk(2, dim=1))  # m_a, then m_b: mixed alike
-            loss, z = self.loss(mixed, targets, mixture.weight, mixture.partner)
-            losses = losses._replace(bsim=loss, embeddings=z)
-        return losses
+            bsim_loss, z = self.loss(mixed, targets, mixture.weight, mixture.partner)
+        return Losses(sim_loss, bsim_loss, z)
 
     def loss(self, images, targets, weight=None, partner=None):
         z = self.projector(self.backbone(images))  # z_theta

@@ -38,6 +38,8 @@ def views(image_size):
 
 class Method(nn.Module):
     both_views = False
+    queue: torch.Tensor  # [queue, embedding_dim], unit rows
+    oldest: torch.Tensor  # [], int64: the row that is replaced next
     batch_norm = "shuffle"  # section 3.3: a key's batch statistics are not its query's, which would give it away
 
     def __init__(self, backbone, *, hidden_dim, embedding_dim, temperature, momentum, queue):
@@ -47,8 +49,8 @@ class Method(nn.Module):
         self.key_encoder = deepcopy(nn.Sequential(backbone, self.projector)).requires_grad_(False)  # f_k
         self.temperature, self.momentum = temperature, momentum
         self.register_buffer("queue", F.normalize(torch.randn(queue, embedding_dim), dim=1))
-        self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))  # the row that is replaced next
-        self.fresh = []
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
+        self.fresh: list[torch.Tensor] = []
 
     def forward(self, a, b, mixture=None, sim=True):
         k, sim_loss, bsim_loss = self.keys(b), None, None

@@ -1,7 +1,7 @@
 """What the methods are made of: the backbone, the MLP heads, the moving average, the gather across processes."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,9 @@ def backbone(name: str, image_size: int) -> nn.Module:
     if name == "resnet_tiny":
         # Its stem has stride 2: at 32 pixels a quarter of the cost. Its blocks work from the start: with timm's
         # zero-initialised last norms, short runs ended 5 points of k-NN lower.
-        shape = dict(layers=(1, 1, 1, 1), channels=(24, 48, 96, 192), zero_init_last=False)
-        return _small_stem(ResNet(BasicBlock, **shape, num_classes=0), stride=2)
+        shape: dict[str, Any] = dict(layers=(1, 1, 1, 1), channels=(24, 48, 96, 192), zero_init_last=False)
+        block: Any = BasicBlock  # timm's annotation asks for an instance
+        return _small_stem(ResNet(block, **shape, num_classes=0), stride=2)
     try:
         network = timm.create_model(name, num_classes=0, img_size=image_size)  # transformers must know the size
     except TypeError:
@@ -61,7 +62,7 @@ def mlp(*widths: int, norm: bool = True, last_norm: bool = False, affine: bool =
 
     `last_norm` adds a batch norm after the last one, with learned scale and shift where `affine`.
     """
-    layers = []
+    layers: list[nn.Module] = []
     for i, (before, after) in enumerate(zip(widths, widths[1:])):
         last = i == len(widths) - 2
         normed = last_norm if last else norm
@@ -83,8 +84,8 @@ def moving_average(target: nn.Module, online: nn.Module, momentum: float) -> Non
     """target <- momentum x target + (1 - momentum) x online; buffers (batch statistics) are copied."""
     for slow, fast in zip(target.parameters(), online.parameters()):
         slow.lerp_(fast, 1 - momentum)
-    for slow, fast in zip(target.buffers(), online.buffers()):
-        slow.copy_(fast)
+    for kept, seen in zip(target.buffers(), online.buffers()):
+        kept.copy_(seen)
 
 
 @torch.no_grad()

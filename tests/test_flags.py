@@ -116,3 +116,45 @@ def test_only_the_first_process_speaks(monkeypatch, capsys):
         with pytest.raises(SystemExit) as caught:
             flags.launch(refuses, "x")
         assert caught.value.code == 2 and capsys.readouterr().err == said
+
+
+def test_a_recipe_gives_flags_and_the_command_line_wins(place):
+    Path("mine.yaml").write_text("method: moco  # why\nlr: 1e-3\nepochs: 2e2\ncompile: true\nresume: false\n")
+    s, given = flags.read(Example, {"recipe": "mine.yaml", "lr": 0.5})
+    assert (s.method, s.lr, s.epochs, s.compile, s.resume) == ("moco", 0.5, 200, True, False)
+    assert given.typed == {"recipe": "mine.yaml", "lr": 0.5}
+    assert given.recipe == {"method": "moco", "epochs": 200, "compile": True, "resume": False}
+    assert type(s.epochs) is int
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("epohcs: 3", "--recipe mine.yaml, line 1: epohcs: no such flag; did you mean epochs? --help lists them"),
+        ("lr: 1\nlr: 2", "--recipe mine.yaml, line 2: lr: given twice"),
+        ("lr: fast", "--recipe mine.yaml, line 1: lr fast: want a number"),
+        ("lr:\n- 1\n- 2", "--recipe mine.yaml, line 1: lr: want one value"),
+        ("epochs: 1.5", "--recipe mine.yaml, line 1: epochs 1.5: want a whole number"),
+        ("epochs: 0", "--recipe mine.yaml: epochs 0: want 1 or more"),
+        ("epochs:", "--recipe mine.yaml, line 1: epochs: want a value after it"),
+        ("recipe: other.yaml", "--recipe mine.yaml, line 1: recipe: no such flag"),
+        ("- lr", "--recipe mine.yaml: want a flag and its value on each line"),
+        ("", "--recipe mine.yaml: want a flag and its value on each line"),
+        ("lr: [1", "--recipe mine.yaml: is no YAML file"),
+        ("lr: !!python/object:os.system 1", "--recipe mine.yaml, line 1: lr"),
+        (None, "--recipe mine.yaml: cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_wrong_recipe_ends_like_a_wrong_flag(place, text, message):
+    if text is not None:
+        Path("mine.yaml").write_text(text)
+    with pytest.raises(flags.UserError) as caught:
+        flags.read(Example, {"recipe": "mine.yaml"})
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value) and caught.value.code == 2
+
+
+def test_a_recipe_is_read_before_anything_runs(place):
+    Path("mine.yaml").write_text("method: byole\n")
+    done = command("--recipe", "mine.yaml", cwd=place)
+    wanted = "bsim.py: --recipe mine.yaml: method byole: want simclr, moco, byol, simsiam; did you mean byol?"
+    assert done.returncode == 2 and done.stderr.splitlines() == [wanted]

@@ -26,7 +26,7 @@ def measure(train_step, accelerator, s: Run) -> Found:
 
     The first ones pay for what is set up once, and use up batches that workers made before the clock was started.
     """
-    steps = min(s.dry_run, s.steps)
+    steps = min(s.dry_run or s.steps, s.steps)
     skipped, clock = steps // 2, None
     bar = progress(steps, shown=accelerator.is_main_process)
     for step in range(steps):

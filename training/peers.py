@@ -8,6 +8,7 @@ import threading
 import time
 from datetime import timedelta
 from itertools import count
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,8 @@ def agreement(asked: threading.Event):
     """
     if processes()[1] == 1:
         return asked.is_set
-    group, pending = dist.new_group(backend="gloo"), []
+    group: Any = dist.new_group(backend="gloo")
+    pending: list[Any] = []
 
     def stops():
         flag = torch.tensor(float(asked.is_set()))

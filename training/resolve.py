@@ -76,9 +76,7 @@ def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Be
     if asked.resume is True and (asked.dry_run or not (folder / "config.json").exists()):
         return asked, None, None  # --resume --out FOLDER: the same command starts a run and, after a kill, resumes it
     if asked.dry_run is not None:
-        raise UserError(
-            f"--dry_run {asked.dry_run}: times a new run, and --resume goes on with {folder}; drop --resume"
-        )
+        raise UserError(f"--dry_run {asked.dry_run}: times a new run, and --resume resumes {folder}; drop --resume")
     if asked.out is not None and Path(asked.out).expanduser() != folder:
         raise UserError(f"--out {asked.out}: a run is resumed in its own folder; drop --out, or drop --resume")
     config, defaults = run_folder.config_of(folder), defaults_of(Pretraining)

@@ -205,7 +205,7 @@ def test_digits_are_told_apart(filters, digits, capsys):
     assert line["settings"]["costs"].keys() == metrics["ap"].keys() == {f"digit{i}" for i in range(10)}
     assert np.mean(list(metrics["ap"].values())) == pytest.approx(metrics["map"])
     said = capsys.readouterr().out
-    assert "200 images to learn from, 100 to be judged by, 10 classes" in said and f"{metrics['map']:.2f}" in said
+    assert "200 images to train on, 100 to evaluate on, 10 classes" in said and f"{metrics['map']:.2f}" in said
     assert "no low-shot with 32 images a class" in said
 
 
