@@ -148,14 +148,14 @@ def _told(source, opened, dataset, split, notes):
         classes = ""
         if not streams and "label" in source.train.table.column_names:
             labels = source.train.labels(torch.arange(count))
-            classes = f" in {len(labels[labels >= 0].unique()):,} classes"
+            classes = f" in {files.counted(len(labels[labels >= 0].unique()), 'class')}"
         others = [f"{name} has {number:,}" for name, number in opened.counts.items() if name != base]
         of = f", split {split}" if others or split != base else ""
         of += f" ({', '.join(others)})" if others else ""
         used = f"{count:,} used, {len(left_out):,} left out ({reasons})" if left_out else "all used"
         used += "".join(f"; {damage}, what is after them is lost" for damage in opened.damages.get(base, []))
-        where = f"{'under' if os.path.isdir(opened.place or '') else 'in'} {opened.place or dataset}"
-        lines.append(f"found {total:,} images{classes} {where}{of}; {used}")
+        where = f"{'under' if os.path.isdir(opened.place or '') else 'in'} {files.shown(opened.place or dataset)}"
+        lines.append(f"found {files.counted(total, 'image')}{classes} {where}{of}; {used}")
     lines += [f"note: {note}" for note in (*opened.notes, *notes)]
     left_out += [(damage, "what is after them is lost") for damage in opened.damages.get(base, [])]
     listed = tuple(f"{files.shown(name)}: {reason}" for name, reason in left_out)

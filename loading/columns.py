@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Value
 
 from flags import UserError
+from loading.files import counted
 
 NAMES = ("label", "class", "labels", "cls")  # a column of one of these names holds classes, whatever its type
 WORDS = ("string", "large_string", "string_view")
@@ -114,8 +115,9 @@ def numbered(parts: dict[str, Dataset | None]) -> tuple[dict, list[str]]:
         numbers = np.asarray(pc.fill_null(column.cast(pa.int64()), -1))
         low = int(numbers.min())
         if low < -1:
+            where = counted(int((numbers == low).sum()), "row")
             raise UserError(
-                f"split {split}: label {low} in {int((numbers == low).sum()):,} rows; -1 means no label, and no other "
+                f"split {split}: label {low} in {where}; -1 means no label, and no other "
                 "negative number is a class. Choose another column with --label_column, or none"
             )
         if split in words:
@@ -124,7 +126,7 @@ def numbered(parts: dict[str, Dataset | None]) -> tuple[dict, list[str]]:
         missing = int((numbers == -1).sum())
         if missing:
             notes.append(
-                f"split {split}: {missing:,} of {len(numbers):,} images have no label (-1 or null); no evaluation "
-                "uses them"
+                f"split {split}: {missing:,} of {counted(len(numbers), 'image')} without a label (-1 or null); no "
+                "evaluation uses them"
             )
     return made, notes

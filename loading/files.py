@@ -25,6 +25,11 @@ def shown(path: str) -> str:
     return path if _is_unicode(path) else os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def counted(number: int, thing: str) -> str:
+    """1 image, 2,000 images, 3 classes."""
+    return f"{number:,} {thing}{'' if number == 1 else 'es' if thing.endswith('s') else 's'}"
+
+
 def _is_unicode(path):
     return path.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in path)
 

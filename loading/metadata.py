@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv, json
 
 from flags import UserError, first_line
-from loading.files import shown
+from loading.files import counted, shown
 
 NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -30,7 +30,7 @@ def applied(root: str, names: list[str], images: list[int]) -> tuple[list[int], 
             continue
         missing = sorted(rows.keys() - known)
         if missing:
-            notes.append(f"{shown(file)} names {len(missing):,} images that are not there ({shown(missing[0])}, ...)")
+            notes.append(f"{shown(file)} names {counted(len(missing), 'image')} not there ({shown(missing[0])})")
         tables[folder] = (file, table, rows)
     if not tables:
         return images, {}, [], notes

@@ -48,9 +48,12 @@ def configured(head: dict, names: list[str], subset: str | None, spec: str) -> d
     if files is None:
         rows = [i for i, name in enumerate(names) if name.startswith(within)]
         return {"": rows} if rows else _nothing(spec, subset, within)
-    files = [files] if isinstance(files, (str, dict)) else files
+    if isinstance(files, dict):  # {split: pattern}, or one of {split:, path:}
+        files = [files] if "path" in files else [{"split": k, "path": v} for k, v in files.items()]
+    files = [files] if isinstance(files, str) else files
+    files = [{"split": "train", **part} if isinstance(part, dict) else part for part in files]
     for part in files:
-        split, patterns = (part.get("split", "train"), part.get("path", [])) if isinstance(part, dict) else ("", part)
+        split, patterns = (part["split"], part["path"]) if isinstance(part, dict) else ("", part)
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             rows = [i for i, name in enumerate(names) if _fits(name, within + pattern)]
             splits.setdefault(SPLIT_OF.get(split, split), []).extend(rows or _nothing(spec, subset, pattern))

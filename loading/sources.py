@@ -17,7 +17,7 @@ from PIL import Image
 
 from flags import UserError, first_line
 from loading import archives, folders, metadata, readme, tables
-from loading.files import shown
+from loading.files import counted, shown
 from loading.folders import SPLIT_OF
 
 SHARDS = 256  # into which a stream is cut, at most, where that costs nothing: workers share them, a resume skips them
@@ -39,7 +39,7 @@ class Opened(NamedTuple):
 def absolute(spec: str) -> str:
     """`spec` as it is found from any folder: the absolute path of local data; digits and Hub ids stay."""
     path = os.path.abspath(os.path.expanduser(spec))
-    return path if spec != "digits" and (os.path.exists(path) or glob.glob(path)) else spec
+    return path if spec not in ("", "digits") and (os.path.exists(path) or glob.glob(path)) else spec
 
 
 def opened(spec: str, subset: str | None, streaming: bool, skip_bad: bool = False, remembered: bool = False) -> Opened:
@@ -47,6 +47,8 @@ def opened(spec: str, subset: str | None, streaming: bool, skip_bad: bool = Fals
     if spec == "digits":
         found = Opened(_digits())
         return found._replace(splits=_as_streams(found.splits)) if streaming else found
+    if not spec.strip():
+        raise UserError("--dataset: want digits, a Hub id, a folder or files; the name is empty")
     path = Path(spec).expanduser()
     files = [str(path)] if path.is_file() else sorted(glob.glob(str(path)))
     try:
@@ -123,9 +125,7 @@ def _images(listing, images, known, streaming, mark, notes):
         folder = folder._replace(splits=_told(known, [names[i] for i in images], folder), strays=[])
     left_out[""] += [(names[images[i]], "in no split's folder") for i in folder.strays]
     if folder.strays:
-        notes.append(
-            f"{len(folder.strays):,} images lie in no split's folder ({shown(names[images[folder.strays[0]]])})"
-        )
+        notes.append(f"in no split's folder: {_listed([names[images[i]] for i in folder.strays])}")
     splits = {}
     for split, (rows, labels) in folder.splits.items():
         columns = {name: column.take(rows) for name, column in extra.items()}
@@ -213,11 +213,11 @@ def _foreign(names, tables_too=False):
     if zips:
         said.append(f"archives are not opened: {_listed(zips)}; unpack them to use what they hold")
     if plain and tables_too:
-        said.append(f"other files are not read: {_listed(plain)}")
+        said.append(f"not read: {_listed(plain)}")
     elif plain:
         count = Counter(folders.ending(name) or "no ending" for name in plain).most_common(6)
         listed = ", ".join(f"{shown(end)} {number:,}" for end, number in count)
-        said.append(f"{len(plain):,} other files are not read ({listed})")
+        said.append(f"not read: {counted(len(plain), 'other file')} ({listed})")
     return "; ".join(said)
 
 

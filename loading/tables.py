@@ -17,6 +17,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from flags import UserError, first_line
 from loading.files import shown
 
+END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
 
 
@@ -71,7 +72,12 @@ def _schema(kind, path):
 
 
 def _mapped(path):
-    """An Arrow file of either format, mapped into memory."""
+    """An Arrow file of either format, mapped into memory. Raises ValueError for a stream cut between its batches."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 8))
+        ends = file.read()
+    if ends != END and not ends.endswith(b"ARROW1"):
+        raise ValueError("it is cut: the mark of its end is missing")
     try:
         return pa.ipc.open_stream(pa.memory_map(path)).read_all()
     except pa.ArrowInvalid:
@@ -148,6 +154,8 @@ def saved(folder: Path, mark: str) -> dict[str, Dataset]:
     for split, part in _parts(folder).items():
         try:
             empty = not json.loads((part / "state.json").read_text())["_data_files"]  # `datasets` cannot load these
+            for file in part.glob("*.arrow"):
+                _mapped(str(file))
             rows = Dataset.from_dict({}) if empty else datasets.load_from_disk(str(part))
         except Exception as error:
             raise UserError(f"--dataset: cannot be read ({shown(str(part))}: {why(error)})") from error

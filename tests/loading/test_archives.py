@@ -82,9 +82,9 @@ def test_labels_that_begin_late_are_read_and_the_others_counted(place, streaming
     source = data.open_source(write("late.tar", members), streaming=streaming)
     if not streaming:
         assert source.train.labels(torch.arange(40)).tolist() == [-1] * 11 + [i % 2 for i in range(11, 40)]
-        assert "note: split train: 11 of 40 images have no label" in source.found[1]
+        assert "note: split train: 11 of 40 images without a label" in source.found[1]
     else:
-        assert "images have no label" in source.found[1]
+        assert "images without a label" in source.found[1]
 
 
 def test_words_are_classes(place):

@@ -114,7 +114,7 @@ def test_what_was_found_is_said(place):
     source = data.open_source(root, skip_bad_images=True)
     first, *notes = source.found
     assert first == (f"found 26 images in 2 classes under {root}; 23 used, 3 left out (2 hidden, 1 cannot be read)")
-    assert "archives are not opened: dog/more.zip" in notes[0] and "1 other files are not read (.txt 1)" in notes[0]
+    assert "archives are not opened: dog/more.zip" in notes[0] and "not read: 1 other file (.txt 1)" in notes[0]
     assert any(line.endswith("d/dog/1.png: cannot be read") for line in source.left_out)
     assert len(source.left_out) == 3 and source.images + len(source.queries[1]) == 23
 
@@ -173,7 +173,7 @@ def test_metadata_that_names_some_images(place):
     assert source.found[0] == (
         f"found 24 images in 2 classes under {root}; 20 used, 4 left out (4 not named in metadata.csv)"
     )
-    assert "metadata.csv names 1 images that are not there (gone.png" in source.found[1]
+    assert "metadata.csv names 1 image not there (gone.png" in source.found[1]
     rows = source.train.table["row"].to_pylist()
     kept = sorted(f"{i}.png" for i in range(20))
     wanted = [int(kept[row][:-4]) % 2 for row in rows]

@@ -198,13 +198,13 @@ def test_minus_one_is_no_label_and_other_negatives_are_refused(place, streaming)
     files = [encoded(picture(i)) for i in range(40)]
     bare("rows.parquet", files, label=[-1, None] * 5 + [0, 1] * 15)
     source = data.open_source("rows.parquet", streaming=streaming)
-    assert any("images have no label (-1 or null)" in line for line in source.found)
+    assert any("images without a label (-1 or null)" in line for line in source.found)
     if not streaming:
         assert "split train: 10 of 40 images" in source.found[1]
         train, test = data.open_labelled("rows.parquet")
-        assert len(train.rows) + len(test.rows) == 30 and "10 of 40 images have no label" in train.found[0]
+        assert len(train.rows) + len(test.rows) == 30 and "10 of 40 images without a label" in train.found[0]
     bare("rows.parquet", files, label=[-2, -1] + [0, 1] * 19)
-    with pytest.raises(UserError, match="label -2 in 1 rows; -1 means no label, and no other negative"):
+    with pytest.raises(UserError, match="label -2 in 1 row; -1 means no label, and no other negative"):
         data.open_source("rows.parquet", streaming=streaming)
 
 
@@ -227,7 +227,7 @@ def test_files_that_do_not_fit_are_named(place):
         data.open_source("two")
     Path("two/b.parquet").unlink()
     Path("two/notes.csv").write_text("a,b\n")
-    assert "other files are not read: notes.csv" in data.open_source("two").found[1]
+    assert "not read: notes.csv" in data.open_source("two").found[1]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -269,6 +269,42 @@ def test_a_clone_with_several_configurations(place):
     (place / "clone" / "README.md").unlink()
     with pytest.raises(UserError, match="--subset one: clone is a folder without configurations"):
         data.open_source("clone", subset="one")
+
+
+@pytest.mark.parametrize("kind", ["files", "saved"])
+def test_an_arrow_stream_that_is_cut_between_batches_is_refused(place, kind):
+    path = place / "set" / "data.arrow"
+    path.parent.mkdir()
+    if kind == "saved":
+        table(24).save_to_disk("set")
+        path = next((place / "set").glob("*.arrow"))
+    rows = table(24).data.table
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, rows.schema) as writer:
+        for batch in rows.to_batches(max_chunksize=8):
+            writer.write_batch(batch)
+            end = file.tell()
+    assert data.open_source("set").found[0].startswith("found 24 images")
+    with open(path, "r+b") as file:
+        file.truncate(end)
+    with pytest.raises(UserError, match=f"set: cannot be read .*{'' if kind == 'saved' else 'data.arrow'}.*is cut"):
+        data.open_source("set")
+
+
+def test_a_configuration_may_list_splits_as_a_mapping(place):
+    (place / "clone" / "data").mkdir(parents=True)
+    table(24).to_parquet("clone/data/a.parquet")
+    table(6).to_parquet("clone/data/b.parquet")
+    head = "configs:\n- config_name: x\n  data_files: {train: data/a.parquet, test: data/b.parquet}\n"
+    (place / "clone" / "README.md").write_text(f"---\n{head}---\n")
+    assert len(data.open_source("clone").queries[1]) == 6
+
+
+def test_files_of_a_clone_are_splits_by_the_word_before_their_number(place):
+    (place / "clone" / "data").mkdir(parents=True)
+    for name, count in (("train", 24), ("unlabeled", 30), ("test", 6)):
+        table(count).to_parquet(f"clone/data/{name}-00000-of-00001.parquet")
+    source = data.open_source("clone", split="unlabeled")
+    assert source.images == 30 and len(source.queries[1]) == 6
 
 
 def test_a_limit_of_pixels_can_be_raised(place, monkeypatch):
