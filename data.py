@@ -153,7 +153,10 @@ def _told(source, opened, dataset, split, notes):
         of = f", split {split}" if others or split != base else ""
         of += f" ({', '.join(others)})" if others else ""
         used = f"{count:,} used, {len(left_out):,} left out ({reasons})" if left_out else "all used"
-        used += "".join(f"; {damage}, what is after them is lost" for damage in opened.damages.get(base, []))
+        damages = opened.damages.get(base, [])
+        if damages:
+            used = used.replace("all used", f"{count:,} used")
+            used += "".join(f"; {damage}, what is after them is lost" for damage in damages)
         where = f"{'under' if os.path.isdir(opened.place or '') else 'in'} {files.shown(opened.place or dataset)}"
         lines.append(f"found {files.counted(total, 'image')}{classes} {where}{of}; {used}")
     lines += [f"note: {note}" for note in (*opened.notes, *notes)]

@@ -121,7 +121,8 @@ def test_a_tar_that_is_cut_is_refused_or_counted(place, where):
     pixels, labels, source = read(path, skip_bad_images=True)
     kept = 40 if where == "joined" else 24
     assert pixels == WANTED[:kept] and labels == [i % 2 for i in range(kept)]
-    assert f"found {kept} images" in source.found[0] and "what is after them is lost" in source.found[0]
+    assert f"found {kept} images" in source.found[0] and f"; {kept} used; " in source.found[0]
+    assert "what is after them is lost" in source.found[0]
     assert any("cut.tar" in line for line in source.left_out)
 
 
