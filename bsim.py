@@ -3,8 +3,9 @@
 The whole idea as pure functions of tensors: views, mixtures, joint-similarity losses, and two measures of the sphere.
 Copy any of them, with the helpers above it in its section, into your own code: nothing else is needed.
 
-Paper: Chu, Zhan and Zhang, "Beyond Single Instance Multi-view Unsupervised Representation Learning", arXiv 2011.13356.
-Where it is silent the definitions are ours; README.md says which.
+Paper: Chu, Zhan and Wei, "Beyond Single Instance Multi-view Unsupervised Representation Learning", arXiv 2011.13356;
+Chu, Zhan and Zhang, "A Unified Mixture-View Framework for Unsupervised Representation Learning", BMVC 2022.
+Where the abstract is silent the definitions are ours; docs/paper.md says which.
 
 Randomness is an argument: every function that draws takes a `torch.Generator`, and none touches global state. A CPU
 generator gives the same draws whatever device the images are on, and drawing never waits for an accelerator.
@@ -64,13 +65,19 @@ def mixup(images: Tensor, weight: Tensor, partner: Tensor) -> Mixture:
     """m_n = w_n x_n + (1 - w_n) x_p(n) (Zhang et al., 2018, section 2).
 
     images: [N, C, H, W], float or integer (rounded). weight: [N] float in [0, 1]. partner: [N] int64, a permutation.
-    Mixes in at least float32 and returns the dtype of `images`. Raises ValueError for other shapes or ranges.
+    Mixes in at least float32, integers of 32 and 64 bits in float64, and returns the dtype of `images`.
+    Raises ValueError for other shapes or ranges, and for integers beyond 2^53, which float64 does not hold.
     """
     _check_images(images)
+    wide = not images.is_floating_point() and images.dtype.itemsize > 2  # float32 is exact up to 2^24
+    if images.dtype.itemsize == 8 and wide and _readable(images):
+        low, high = images.aminmax()
+        if low < -(2**53) or high > 2**53:
+            raise ValueError(f"images: got {images.dtype} from {low} to {high}, want integers of up to 2^53 in size")
     _check_share("weight", weight, len(images))
     _check_partner(partner, len(images))
     weight, partner = _to(weight, images, torch.float32), _to(partner, images)
-    share = weight.view(-1, 1, 1, 1)
+    share = weight.view(-1, 1, 1, 1).to(torch.float64 if wide else torch.float32)
     mixed = share * images + (1 - share) * images[partner]
     if not images.is_floating_point():
         mixed = mixed.round()
@@ -175,10 +182,15 @@ def _check_embeddings(**named):
 def _check_negatives(negatives, like):
     if negatives.dim() != 2 or negatives.shape[1] != like.shape[1]:
         raise ValueError(f"negatives: got shape {list(negatives.shape)}, want [K, {like.shape[1]}]")
+    if not negatives.is_floating_point():
+        raise ValueError(f"negatives: got {negatives.dtype}, want a float tensor")
 
 
 def _check_temperature(temperature):
-    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
+    if isinstance(temperature, Tensor):
+        if _readable(temperature) and not ((temperature > 0) & (temperature < math.inf)).all():
+            raise ValueError(f"temperature: got {temperature.detach()}, want numbers above 0")
+    elif not 0 < temperature < math.inf:
         raise ValueError(f"temperature: got {temperature}, want a number above 0")
 
 
@@ -194,9 +206,9 @@ def _pairing(weight, partner, like):
     return _to(weight, like, like.dtype), _to(partner, like)
 
 
-def _unit(x):
-    """Rows of length 1, in float32 at least."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+def _unit(x, dtype=torch.float32):
+    """Rows of length 1, in `dtype` at least."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, dtype)), dim=1)
 
 
 def _exact(x):
@@ -219,13 +231,16 @@ def _tiles(x):
 
 
 class _SelfSpread(torch.autograd.Function):
-    """log sum over j != i of e^(x_i . x_j), [N], for x [N, D] with |x_i|^2 <= bound.
+    """log sum over j != i of e^(x_i . x_j), [N], for x [N, D] with |x_i|^2 <= bound; and the sums of e^(... - bound).
 
-    A tile and its mirror image are computed once, forward and again backward; memory grows with N.
+    A tile and its mirror image are computed once, forward and again backward; memory grows with N. A gradient that is
+    to be differentiated again (create_graph, torch.func) is taken of the whole matrix.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, bound):
+    def forward(x, bound):
         sums, (starts, size) = x.new_zeros(len(x)), _tiles(x)
         for i in starts:
             for j in starts[i // size :]:
@@ -233,76 +248,111 @@ class _SelfSpread(torch.autograd.Function):
                 sums[i : i + size] += e.sum(1)
                 if i != j:
                     sums[j : j + size] += e.sum(0)
-        ctx.save_for_backward(x, sums)
-        ctx.bound = bound
-        return sums.log() + bound
+        return sums.log() + bound, sums
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (x, sums), (starts, size) = ctx.saved_tensors, _tiles(ctx.saved_tensors[0])
-        share, found = grad / sums, torch.zeros_like(x)
+    def setup_context(ctx, inputs, output):
+        x, ctx.bound = inputs
+        ctx.save_for_backward(x, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        x, sums = ctx.saved_tensors
         with _exact(x):
-            for i in starts:
-                for j in starts[i // size :]:
-                    e = _exponentials(x[i : i + size], x[j : j + size], ctx.bound, i == j)
-                    e *= share[i : i + size, None] + share[j : j + size]
-                    found[i : i + size].addmm_(e, x[j : j + size])
-                    if i != j:
-                        found[j : j + size].addmm_(e.T, x[i : i + size])
-        return found, None
+            if torch.is_grad_enabled():
+                pull = grad[:, None] * _without_itself(x @ x.T).softmax(1)
+                return (pull + pull.T) @ x, None
+            return _SelfSpread.tiled(x, grad / sums, ctx.bound), None
+
+    @staticmethod
+    def tiled(x, share, bound):
+        found, (starts, size) = torch.zeros_like(x), _tiles(x)
+        for i in starts:
+            for j in starts[i // size :]:
+                e = _exponentials(x[i : i + size], x[j : j + size], bound, i == j)
+                e *= share[i : i + size, None] + share[j : j + size]
+                found[i : i + size].addmm_(e, x[j : j + size])
+                if i != j:
+                    found[j : j + size].addmm_(e.T, x[i : i + size])
+        return found
 
 
 class _Spread(torch.autograd.Function):
-    """log sum over j of e^(scale x_i . y_j), [N], for x [N, D] and y [K, D] of unit rows, which y is made to have."""
+    """log sum over j of e^(scale x_i . y_j), [N], for x [N, D] of unit rows and y [K, D], whose rows are made unit.
+
+    Also returns the sums of e^(... - scale). Where y has a gradient its rows are unit already. As `_SelfSpread`, the
+    gradient is computed by tiles, or of the whole matrix where it is to be differentiated again.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, x, y, scale):
+    def forward(x, y, scale):
         sums, (starts, size) = x.new_zeros(len(x)), _tiles(y)
         for i in range(0, len(x), size):
             for j in starts:
-                sums[i : i + size] += _exponentials(scale * x[i : i + size], _unit(y[j : j + size]), scale).sum(1)
-        ctx.save_for_backward(x, y, sums)
-        ctx.scale = scale
-        return sums.log() + scale
+                sums[i : i + size] += _exponentials(
+                    scale * x[i : i + size], _unit(y[j : j + size], x.dtype), scale
+                ).sum(1)
+        return sums.log() + scale, sums
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (x, y, sums), scale, (starts, size) = ctx.saved_tensors, ctx.scale, _tiles(ctx.saved_tensors[1])
-        share, of_x = scale * grad / sums, torch.zeros_like(x)
-        of_y = torch.zeros_like(y) if ctx.needs_input_grad[1] else None
+    def setup_context(ctx, inputs, output):
+        x, y, ctx.scale = inputs
+        ctx.save_for_backward(x, y, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        (x, y, sums), scale = ctx.saved_tensors, ctx.scale
         with _exact(x):
-            for i in range(0, len(x), size):
-                for j in starts:
-                    unit = _unit(y[j : j + size])
-                    e = _exponentials(scale * x[i : i + size], unit, scale)
-                    e *= share[i : i + size, None]
-                    of_x[i : i + size].addmm_(e, unit)
-                    if of_y is not None:
-                        of_y[j : j + size].addmm_(e.T, x[i : i + size])
-        return of_x, of_y, None
+            if torch.is_grad_enabled():
+                unit = y if ctx.needs_input_grad[1] else _unit(y, x.dtype)
+                pull = scale * grad[:, None] * (scale * x @ unit.T).softmax(1)
+                return pull @ unit, pull.T @ x if ctx.needs_input_grad[1] else None, None
+            return *_Spread.tiled(x, y, scale * grad / sums, scale, ctx.needs_input_grad[1]), None
+
+    @staticmethod
+    def tiled(x, y, share, scale, wants_y):
+        of_x, of_y, (starts, size) = torch.zeros_like(x), torch.zeros_like(y) if wants_y else None, _tiles(y)
+        for i in range(0, len(x), size):
+            for j in starts:
+                unit = _unit(y[j : j + size], x.dtype)
+                e = _exponentials(scale * x[i : i + size], unit, scale)
+                e *= share[i : i + size, None]
+                of_x[i : i + size].addmm_(e, unit)
+                if of_y is not None:
+                    of_y[j : j + size].addmm_(e.T, x[i : i + size])
+        return of_x, of_y
+
+
+def _without_itself(scores):
+    """Scores [N, N] with -inf on the diagonal."""
+    return scores.masked_fill(torch.eye(len(scores), dtype=torch.bool, device=scores.device), -math.inf)
 
 
 def _exponentials(x, y, bound, same=False):
     """e^(x_i . y_j - bound), 0 on the diagonal where x and y are the `same`."""
     e = torch.addmm(x.new_full((), -bound), x, y.T).exp_()
-    return e.fill_diagonal_(0) if same else e
+    if same:
+        e.diagonal().zero_()  # which torch.func.vmap knows
+    return e
 
 
 def _spread_of_each(z, temperature):
     """log sum over j != i of e^(z_i . z_j / temperature), [N], for unit rows z [N, D]."""
     if not _whole(len(z), len(z), temperature):
-        return _SelfSpread.apply(z * temperature**-0.5, 1 / temperature)
-    scores = z @ z.T / temperature
-    return scores.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf).logsumexp(1)
+        return _SelfSpread.apply(z * temperature**-0.5, 1 / temperature)[0]
+    return _without_itself(z @ z.T / temperature).logsumexp(1)
 
 
 def _spread(x, y, temperature):
     """log sum over j of e^(x_i . y_j / temperature), [N], for unit rows x [N, D], and y [K, D] as they are."""
+    x = x.to(torch.promote_types(x.dtype, y.dtype))
     if not _whole(len(x), len(y), temperature):
-        return _Spread.apply(x, _unit(y) if y.requires_grad else y, 1 / temperature)
-    return (x @ _unit(y).T / temperature).logsumexp(1)
+        return _Spread.apply(x, _unit(y, x.dtype) if y.requires_grad else y, 1 / temperature)[0]
+    return (x @ _unit(y, x.dtype).T / temperature).logsumexp(1)
 
 
 def nt_xent(
@@ -700,12 +750,17 @@ def make_view(images: Tensor, recipe: ViewRecipe, *, generator: torch.Generator)
     """Draw one view of each image (Chen et al., 2020, appendix A; Grill et al., 2020, appendix B).
 
     images: [N, 3, H, W], uint8, or float in [0, 1]. Returns [N, 3, size, size], normalised, float32 (float64 for
-    float64). The blur's kernel is a tenth of the view wide, as SimCLR's. Raises ValueError for another shape or dtype.
+    float64). The blur's kernel is a tenth of the view wide, as SimCLR's. Raises ValueError for another shape or dtype,
+    and for floats outside [0, 1] on a CPU (on an accelerator values are not looked at: that would wait for it).
     """
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise ValueError(f"images: got shape {list(images.shape)}, want [N, 3, H, W]")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images: got {images.dtype}, want uint8, or float in [0, 1]")
+    if images.is_floating_point() and images.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (float(value) for value in images.aminmax())
+        if not (low >= -1e-6 and high <= 1 + 1e-6):
+            raise ValueError(f"images: got floats from {low:g} to {high:g}, want [0, 1]; divide 0 to 255 by 255")
     n, _, height, width = images.shape
 
     def uniform(low=0.0, high=1.0, *shape):

@@ -22,7 +22,7 @@ from study import line_of  # noqa: E402
 import data  # noqa: E402
 from eval.command import DATA, Task  # noqa: E402
 from eval.features import labelled_features, topk_accuracy  # noqa: E402
-from eval.knn import knn_votes, neighbours  # noqa: E402
+from eval.knn import knn_log_votes, neighbours  # noqa: E402
 from eval.linear import from_features  # noqa: E402
 from eval.weights import load_backbone  # noqa: E402
 
@@ -48,7 +48,7 @@ def judge(run: str) -> dict:
     renew_statistics(task)
     bank, classes = labelled_features(task, task.train)
     queries, truth = labelled_features(task, task.test)
-    votes = knn_votes(queries, bank, classes, k=neighbours(classes))
+    votes = knn_log_votes(queries, bank, classes, k=neighbours(classes))
     metrics = {"knn top1": topk_accuracy(votes, truth)["top1"], "linear features top1": from_features(task)["top1"]}
     return {**line_of(Path(run)), "metrics": metrics}
 

@@ -39,7 +39,11 @@ def labelled_features(task, part: data.Labelled, network=None):
 
 
 def topk_accuracy(scores, labels) -> dict:
-    """{"top1", "top5"} in per cent of scores [N, C] for labels [N]; no top5 for five classes or fewer."""
-    ranks = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+    """{"top1", "top5"} in per cent of scores [N, C] for labels [N]; no top5 for five classes or fewer.
+
+    A class with a score of -inf (without a vote, or never learnt) is not ranked at all.
+    """
+    best = scores.topk(min(5, scores.shape[1]), dim=1)
+    ranks = (best.indices == labels[:, None]) & (best.values > -torch.inf)
     found = {"top1": float(ranks[:, :1].any(1).float().mean() * 100)}
     return found | ({"top5": float(ranks.any(1).float().mean() * 100)} if scores.shape[1] > 5 else {})

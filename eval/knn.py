@@ -18,25 +18,34 @@ from eval.features import features, labelled_features, topk_accuracy
 
 
 @torch.no_grad()
-def knn_votes(queries, bank, labels, *, k=200, temperature=0.1, tile=1 << 24):
-    """Votes [M, classes] float: each of a query's k nearest bank rows votes e^(cosine / temperature) for its label.
+def knn_log_votes(queries, bank, labels, *, k=200, temperature=0.1, tile=1 << 24):
+    """Logarithms [M, classes] of the votes: each of a query's k nearest bank rows votes e^(cosine / temperature).
 
-    queries: [M, D] float, bank: [N, D], labels: [N] int64 >= 0. A query's votes are scaled by
-    e^(-1 / temperature). At most `tile` similarities are held at once. k is lowered to N where it is above.
+    queries: [M, D] float, bank: [N, D], labels: [N] int64 >= 0. -inf for a class that none of the k rows has. All are
+    relative to the vote of the nearest row, and none underflows, however low the temperature. At most `tile`
+    similarities are held at once. k is lowered to N where it is above.
     """
     queries, bank = F.normalize(queries.float(), dim=1), F.normalize(bank.float(), dim=1)
     k, classes = min(k, len(bank)), int(labels.max()) + 1
-    votes = torch.zeros(len(queries), classes, device=queries.device)
+    votes = torch.full((len(queries), classes), -torch.inf, device=queries.device)
     step = max(1, tile // len(bank))
     for part, of_part in zip(queries.split(step), votes.split(step)):
         similarity, nearest = (part @ bank.T).topk(k, dim=1)
-        of_part.scatter_add_(1, labels[nearest], ((similarity - 1) / temperature).exp())
+        vote, of = (similarity - similarity[:, :1]) / temperature, labels[nearest]
+        of_part.scatter_reduce_(1, of, vote, "amax")  # the largest of each class, then the others beside it
+        beside = (vote - of_part.gather(1, of)).exp()
+        of_part += torch.zeros_like(of_part).scatter_add_(1, of, beside).clamp(min=1).log()
     return votes
 
 
+def knn_votes(queries, bank, labels, **options):
+    """Votes [M, classes] float for each class, as `knn_log_votes`, relative to that of the nearest row."""
+    return knn_log_votes(queries, bank, labels, **options).exp()
+
+
 def knn_predict(queries, bank, labels, **options):
-    """Classes [M] int64 with the most of `knn_votes`."""
-    return knn_votes(queries, bank, labels, **options).argmax(1)
+    """Classes [M] int64 with the most of `knn_log_votes`."""
+    return knn_log_votes(queries, bank, labels, **options).argmax(1)
 
 
 def neighbours(labels) -> int:
@@ -72,11 +81,11 @@ def knn(task: Task, s: KNN) -> dict:
     task.chosen["k"] = k = s.k or neighbours(train.labels)
     bank, classes = labelled_features(task, train)
     queries, truth = labelled_features(task, test)
-    metrics = topk_accuracy(knn_votes(queries, bank, classes, k=k, temperature=s.temperature), truth)
+    metrics = topk_accuracy(knn_log_votes(queries, bank, classes, k=k, temperature=s.temperature), truth)
     bank, classes = labelled_features(task, train, pixels)
     queries, truth = labelled_features(task, test, pixels)
     centre = bank.mean(0)
-    votes = knn_votes(queries - centre, bank - centre, classes, k=k, temperature=s.temperature)
+    votes = knn_log_votes(queries - centre, bank - centre, classes, k=k, temperature=s.temperature)
     return metrics | {"pixels_top1": topk_accuracy(votes, truth)["top1"]}
 
 

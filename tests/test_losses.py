@@ -311,3 +311,15 @@ def test_refusals_name_the_argument_and_what_it_wants(call, message):
     a, _, negatives, weight, partner = small_batch()
     with pytest.raises(ValueError, match=message):
         call(a, negatives, weight, partner)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, math.inf, math.nan])
+def test_a_tensor_is_a_temperature_above_0(value):
+    z, negatives = torch.eye(3), torch.eye(3)
+    for loss in (
+        lambda t: nt_xent(z, z, t),
+        lambda t: info_nce(z, z, negatives, t),
+    ):
+        with pytest.raises(ValueError, match="temperature: got .* want numbers above 0"):
+            loss(torch.tensor(value))
+        loss(torch.tensor(0.3, requires_grad=True)).backward()

@@ -183,3 +183,25 @@ def test_randomness_is_the_generator_alone():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.rand(4, 3, 8, 8), cycle(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_integers_are_mixed_exactly(dtype):
+    """Against Python's whole numbers; a weight of 1 or 0 gives a source back, however large."""
+    top = min(torch.iinfo(dtype).max, 2**53)
+    images = torch.tensor([top, top - 1, 7, -top if torch.iinfo(dtype).min < 0 else 0]).view(4, 1, 1, 1).to(dtype)
+    partner = torch.tensor([1, 2, 3, 0])
+    for weight in ([1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], [0.25, 0.5, 0.75, 1.0]):
+        mixed = mixup(images, torch.tensor(weight), partner).images.flatten().tolist()
+        for n, (value, w) in enumerate(zip(mixed, weight)):
+            own, other = int(images[n]), int(images[partner[n]])
+            quarters = int(4 * w) * own + int(4 - 4 * w) * other  # four times the mixture, exactly
+            assert abs(4 * value - quarters) <= (2 if w % 1 else 0)
+
+
+def test_integers_beyond_float64_are_refused():
+    images = torch.full((2, 1, 1, 1), 2**53 + 1)
+    with pytest.raises(
+        ValueError, match="images: got torch.int64 from 9007199254740993 .* want integers of up to 2.53"
+    ):
+        mixup(images, torch.ones(2), torch.tensor([1, 0]))

@@ -19,10 +19,58 @@ from torch import nn
 from flags import _kinds
 from train import pretrain
 
-TEXT = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("[bdr]*/*.md"))}  # benchmarks docs recipes
+NEW_METHOD = (ROOT / "docs" / "new_method.md").read_text()
+BLOCKS = [block for text in PAGES.values() for block in re.findall(r"```python\n(.*?)```", text, re.S)]
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+def test_every_block_is_run():
+    assert len(BLOCKS) == 3
+    assert sum(text.count("<!-- a test runs this block -->\n```python\n") for text in PAGES.values()) == 3
+
+
+def test_the_readme_is_short_and_begins_with_what_it_gives():
+    assert len(TEXT.splitlines()) <= 150
+    order = ("docs/bsim.png", "| SIM, the plain method |", "pip install -r requirements.txt && accelerate", "&& pytest")
+    order += ("docs/views.png", "docs/curves.png", "## Your own images", "## A loss in your own trainer")
+    order += ("## The flags that matter", "## Where the rest is", "## Cite", "Apache-2.0")
+    places = [TEXT.index(words) for words in order]
+    assert places == sorted(places)
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in TEXT, page
+
+
+def test_its_table_is_of_the_committed_results():
+    """Means and standard deviations over the seeds, the cost a step of benchmarks/README.md times the epochs."""
+    lines = [json.loads(x) for x in (ROOT / "benchmarks" / "results" / "length.jsonl").read_text().splitlines()]
+    costs = re.search(
+        r"^\| simclr \| \d+ \| ([\d.]+) .*\| ([\d.]+) \| [^|]+\|$", PAGES[ROOT / "benchmarks/README.md"], re.M
+    )
+    step = {1.0: 1.0, 0.0: float(costs[1]), 0.5: float(costs[2])}
+    weights = {"SIM, the plain method": 1.0, "BSIM": 0.0, "half SIM, half BSIM": 0.5}
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) \| ([\d.]+) \| (\d+) \| (\S+) ± (\S+) \| (\S+) ± (\S+) \|$", TEXT, re.M)
+    assert len(rows) == 4
+    for name, epochs, cost, passes, *said in rows:
+        weight, found = weights[name], []
+        cells = [x for x in lines if x["settings"]["method"] == "simclr" and x["settings"]["sim_weight"] == weight]
+        cells = [x["metrics"] for x in cells if x["settings"]["epochs"] == int(epochs)]
+        assert len(cells) == 3
+        for metric in ("knn top1", "linear features top1"):
+            values = [cell[metric] for cell in cells]
+            found += [np.mean(values), np.std(values, ddof=1)]
+        assert [float(x) for x in said] == pytest.approx(found, abs=0.051)
+        assert float(cost) == pytest.approx(step[weight] * int(epochs) / 120, abs=0.006)
+        assert int(passes) == int(epochs) * (3 if weight == 0.5 else 2)
+
+
+def test_both_versions_of_the_paper_have_their_authors():
+    paper = PAGES[ROOT / "docs" / "paper.md"]
+    assert re.search(r"Xiangxiang Chu, Xiaohang Zhan and Xiaolin Wei, \*Beyond Single Instance", paper)
+    assert re.search(r"Xiangxiang Chu, Xiaohang Zhan and Bo Zhang, \*A Unified Mixture-View", paper)
+    cited = dict(re.findall(r"title=\{(\w+) .*\n +author=\{([^}]+)\}", TEXT))
+    assert cited["Beyond"].endswith("Wei, Xiaolin") and cited["A"].endswith("Zhang, Bo")
 
 
 def test_the_moco_example_runs_and_learns():
@@ -86,7 +134,7 @@ def test_a_method_is_one_file_and_one_row(place):
         shutil.copytree(root / folder, copy / folder)
     (copy / "methods" / "spread.py").write_text(block)
     table = (copy / "methods" / "__init__.py").read_text()
-    line, entry = re.search(r"the line `(.+?)` and the entry\n`(.+?)`", TEXT).groups()
+    line, entry = re.search(r"the line `(.+?)` and the entry\n`(.+?)`", NEW_METHOD).groups()
     table = table.replace("import methods.simsiam\n", f"import methods.simsiam\n{line}\n").replace("}", f", {entry}}}")
     (copy / "methods" / "__init__.py").write_text(table)
 
@@ -115,12 +163,14 @@ def test_every_flag_it_names_exists():
     launchers = {"--multi_gpu", "--num_processes", "--num_cpu_threads_per_process", "--nproc-per-node", "--help"}
     launchers |= {"--config_file", "--machine_rank", "--main_process_ip"}
     scripts = "".join(path.read_text() for path in (Path(__file__).parent.parent / "benchmarks").glob("*.py"))
-    elsewhere = launchers | set(re.findall(r'add_argument\("(--[a-z_]+)"', scripts))
+    elsewhere = launchers | set(re.findall(r'add_argument\(\s*"(--[a-z_]+)"', scripts))
     known = set(_kinds(pretrain))
     for name in EVALUATIONS:
         known |= set(_kinds(getattr(import_module(f"eval.{name}"), name)))
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) - elsewhere:
-        assert flag[2:] in known, flag
+    known |= {"recipe"}  # the loader's; train.py declares it
+    for path, text in PAGES.items():
+        for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - elsewhere:
+            assert flag[2:] in known, (path, flag)
 
 
 def test_it_names_every_evaluation():
@@ -128,7 +178,7 @@ def test_it_names_every_evaluation():
     assert files - {"__init__", "weights", "features", "results", "command", "supervised", "boxes", "detector"} == set(
         EVALUATIONS
     )
-    assert all(f"| `eval.{name}` |" in TEXT for name in EVALUATIONS)
+    assert all(f"| `eval.{name}` |" in PAGES[ROOT / "docs" / "evaluate.md"] for name in EVALUATIONS)
 
 
 def test_its_two_commands_are_those_that_users_and_ci_run():
@@ -139,26 +189,26 @@ def test_its_two_commands_are_those_that_users_and_ci_run():
     ]
 
 
-def test_every_file_it_points_to_exists():
-    root = Path(__file__).parent.parent
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert target.startswith("https://") or (root / target).exists(), target
+def test_every_file_they_point_to_exists():
+    for path, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) + re.findall(r'src="([^"]+)"', text):
+            assert target.startswith("https://") or (path.parent / target).exists(), (path, target)
 
 
-def test_every_script_that_it_runs_exists():
-    root = Path(__file__).parent.parent
-    for path in ("README.md", "benchmarks/README.md", "recipes/README.md"):
-        for script in re.findall(r"(?:benchmarks|docs|recipes)/[\w-]+\.(?:py|sh)", (root / path).read_text()):
-            assert (root / script).exists(), (path, script)
+def test_every_script_that_they_run_exists():
+    for path, text in PAGES.items():
+        for script in re.findall(r"(?:benchmarks|docs|recipes|configs|tests)/[\w/-]+\.(?:py|sh|yaml|jsonl)", text):
+            assert (ROOT / script).exists(), (path, script)
 
 
 def test_every_test_that_is_promised_exists():
     root = Path(__file__).parent.parent
     promised = (root / "docs" / "trust.md").read_text()
-    names = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", promised)
+    names = re.findall(r"`((?:\w+/)?test_\w+\.py)(?:::(\w+))?`", promised)
     assert len(names) >= 12
     for file, name in names:
+        assert (root / "tests" / file).exists(), file
         assert not name or f"def {name}(" in (root / "tests" / file).read_text(), (file, name)
-    everything = "".join(path.read_text() for path in (root / "tests").glob("test_*.py"))
+    everything = "".join(path.read_text() for path in (root / "tests").rglob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", promised):
         assert f"def {name}(" in everything, name

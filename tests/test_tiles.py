@@ -131,3 +131,79 @@ def test_a_backward_pass_under_autocast_is_as_exact(monkeypatch):
             found = value_and_gradients(kind, True, 0.5, "held", torch.float32)
         for one, other in zip(found, wanted):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_second_derivatives_are_right_on_both_sides_of_the_switch(monkeypatch, mixed, whole):
+    monkeypatch.setattr(bsim, "WHOLE", 1 << 18 if whole else 0)
+    monkeypatch.setattr(bsim, "TILE", 3)
+    a, b, negatives, mixture = inputs()
+    rows = dict(weight=mixture["weight"][:5], partner=torch.tensor([2, 0, 1, 4, 3])) if mixed else {}
+    a, b, negatives = a[:5].detach().requires_grad_(), b[:5].detach().requires_grad_(), negatives[:7].requires_grad_()
+    fixed = negatives.detach()
+    for loss, arguments in (
+        (lambda a, b: nt_xent(a, b, **rows), (a, b)),
+        (lambda a, b, n: nt_xent(a, b, 0.2, negatives=n, **rows), (a, b, negatives)),
+        (lambda a, b: nt_xent(a, b, 0.2, negatives=fixed, **rows), (a, b)),
+        (lambda a: info_nce(a, b.detach(), fixed, **rows), (a,)),
+        (lambda a: info_nce(a, b.detach(), fixed, in_batch=True, **rows), (a,)),
+    ):
+        assert torch.autograd.gradgradcheck(loss, arguments)
+
+
+def test_a_gradient_penalty_is_right_where_tiles_are_used():
+    """600 pairs, as they are: the derivative of the squared gradient against finite differences in float64."""
+    draws = torch.Generator().manual_seed(3)
+    a, b, way = torch.randn(3, 600, 8, generator=draws, dtype=torch.float64)
+
+    def penalty(step):
+        x = (a + step * way).requires_grad_()
+        (gradient,) = torch.autograd.grad(nt_xent(x, b), x, create_graph=True)
+        return (600 * gradient).square().sum(), x
+
+    value, x = penalty(0.0)
+    (found,) = torch.autograd.grad(value, x)
+    difference = (penalty(1e-5)[0] - penalty(-1e-5)[0]) / 2e-5
+    torch.testing.assert_close((found * way).sum(), difference.detach(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_torch_func_takes_gradients_and_batches(monkeypatch, whole):
+    monkeypatch.setattr(bsim, "WHOLE", 1 << 18 if whole else 0)
+    monkeypatch.setattr(bsim, "TILE", 5)
+    a, b, negatives, mixture = inputs()
+    b = b.detach()
+    for loss in (
+        lambda a, n: nt_xent(a, b, negatives=n, **mixture),
+        lambda a, n: info_nce(a, b, n, **mixture),
+    ):
+        many = torch.stack([a.detach(), a.detach().flip(0), 2 * a.detach().roll(1, 1)])
+        alone = torch.stack([loss(one, negatives) for one in many])
+        torch.testing.assert_close(torch.func.vmap(loss, (0, None))(many, negatives), alone)
+        gradients = torch.func.vmap(torch.func.grad(loss), (0, None))(many, negatives)
+        for one, gradient in zip(many, gradients):
+            x = one.requires_grad_()
+            torch.testing.assert_close(gradient, torch.autograd.grad(loss(x, negatives), x)[0])
+    of_negatives = torch.func.grad(lambda n: nt_xent(a, b, negatives=n))(negatives)
+    kept = negatives.clone().requires_grad_()
+    torch.testing.assert_close(of_negatives, torch.autograd.grad(nt_xent(a, b, negatives=kept), kept)[0])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_negatives_of_another_precision_are_promoted(monkeypatch, whole):
+    monkeypatch.setattr(bsim, "WHOLE", 1 << 18 if whole else 0)
+    a, b, negatives, mixture = inputs(torch.float32)
+    for loss in (
+        lambda a, n: nt_xent(a, b.to(a.dtype), negatives=n, **mixture),
+        lambda a, n: info_nce(a, b.to(a.dtype), n, **mixture),
+    ):
+        wanted = loss(a.double(), negatives.double())
+        for x, n in ((a, negatives.double()), (a.double(), negatives)):
+            found = loss(x, n)
+            assert found.dtype == torch.float64
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+        rounded = negatives.half()
+        torch.testing.assert_close(loss(a, rounded), loss(a, rounded.float()))
+        loss(a, negatives.double()).backward()
+        assert a.grad.dtype == torch.float32

@@ -339,3 +339,12 @@ def test_everything_goes_where_the_images_are(dtype, monkeypatch):
         ):
             loss.backward()
             assert loss.device.type == a.grad.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "images", [255 * torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8) - 0.5, torch.full((2, 3, 8, 8), torch.nan)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_floats_outside_0_to_1_are_refused(images, dtype):
+    with pytest.raises(ValueError, match=r"images: got floats from .* want \[0, 1\]; divide 0 to 255 by 255"):
+        make_view(images.to(dtype), ViewRecipe(8), generator=torch.Generator())
