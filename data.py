@@ -1,31 +1,58 @@
 """Hugging Face datasets: a name, a folder or files in; images to train on, and images to evaluate on, out."""
 
-import glob
-import io
 import math
+import os
 import re
+from collections import Counter
 from itertools import count
-from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
-from PIL import Image
+from datasets import ClassLabel, Dataset
 
-from flags import UserError, first_line, reading
+from flags import UserError, reading
+from loading import columns, files, sources
 from loading.batches import ORDER, SPLIT, generator
-from loading.images import SMALL, LargeImages, SmallImages, TooLarge, bad_row, decode, mark
+from loading.columns import features_of
+from loading.images import PIXELS, SMALL, LargeImages, SmallImages, TooLarge, bad_row, decode, limit, mark
 
-FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+absolute = sources.absolute
 BANK, QUERIES = 50_000, 10_000  # images of a k-NN evaluation, at most; a tenth of that from a stream
 DIGITS = dict(min_crop=0.6, flip=0.0)  # views of the digits: half a digit, or a mirrored one, is another or none
-SHARDS = 256  # into which a stream is cut, at most, where that costs nothing: workers share them, a resume skips them
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Opening a dataset.
+
+
+def is_moved(dataset: str, config: dict) -> bool:
+    """Whether `dataset` is the data of the run with this config in another place: the same relative names and sizes."""
+    if config.get("fingerprint") is None or absolute(dataset) == config["dataset"]:
+        return False
+    try:
+        return sources.opened(dataset, config.get("subset"), True, True).fingerprint == config["fingerprint"]
+    except UserError:
+        return False
+
+
+def changed(part, dataset: str, config: dict) -> list[str]:
+    """A note where the data of the run with this config is another than when the run began."""
+    if config.get("fingerprint") in (None, part.fingerprint) or absolute(dataset) != config["dataset"]:
+        return []
+    return [f"note: the data in {dataset} is not what the run trained on: names or sizes of files differ"]
+
+
+def check_same(source, dataset: str, recorded: str | None, moved: bool) -> None:
+    """Raise UserError where the data a run resumes with is not what it began with, by its fingerprint `recorded`."""
+    if moved and recorded is None:
+        raise UserError(f"--dataset {dataset}: the run has no fingerprint of its data to compare with; drop --dataset")
+    if recorded is not None and recorded != source.fingerprint:
+        raise UserError(
+            f"--resume: the data in {dataset} is not what the run began with: names or sizes of files differ. Put it "
+            "back as it was, or start another run"
+        )
 
 
 class Source(NamedTuple):
@@ -37,6 +64,9 @@ class Source(NamedTuple):
     queries: tuple | None
     side: int  # the longer side of the images, of a few
     note: str | None  # why there is no k-NN
+    found: tuple[str, ...] = ()  # what was found and left out, in lines
+    left_out: tuple[str, ...] = ()  # each image that is not used, and why
+    fingerprint: str | None = None  # of the relative names and sizes of local data
 
     @property
     def images(self):
@@ -58,19 +88,35 @@ def open_source(
     streaming: bool = False,
     skip_bad_images: bool = False,
     seed: int = 0,
+    remembered: bool = False,
+    max_pixels: int | None = None,
 ) -> Source:
-    """Open `dataset` for pretraining. Raises UserError where it cannot be read or its columns are ambiguous."""
-    with reading(f"--dataset {dataset}"):
-        splits = _load(dataset, subset, streaming)
-        train = _columns(_take_split(splits, split, dataset), f"{dataset}, {split}", image_column, label_column)
-        held_out = None
-        eval_split = eval_split or _split_to_evaluate(splits, split)
-        if eval_split:
-            held_out = _take_split(splits, eval_split, dataset)
-            held_out = _columns(held_out, f"{dataset}, {eval_split}", image_column, label_column, optional=True)
-        if streaming:
-            return _stream_source(train, held_out, skip_bad_images, seed)
+    """Open `dataset` for pretraining. Raises UserError where it cannot be read or its columns are ambiguous.
 
+    `remembered`: another process of this machine has just opened it, and what it listed is taken from the cache.
+    """
+    limit(max_pixels or PIXELS)
+    with reading(f"--dataset {dataset}"):
+        opened = sources.opened(dataset, subset, streaming, skip_bad_images, remembered)
+        names = dict(image=image_column, label=label_column)
+        train = columns.chosen(_take_split(opened, split, dataset), f"{dataset}, {split}", **names)
+        held_out = None
+        eval_split = eval_split or _split_to_evaluate(opened.splits, split)
+        if eval_split:
+            held_out = _take_split(opened, eval_split, dataset)
+            held_out = columns.chosen(held_out, f"{dataset}, {eval_split}", **names, optional=True)
+        if streaming:
+            source, notes = _stream_source(train, held_out, skip_bad_images, seed)
+        else:
+            parts, notes = columns.numbered({split: train, eval_split: held_out})
+            source = _source(parts[split], split, parts[eval_split], eval_split, skip_bad_images, seed)
+    own = source.queries is not None and source.queries[0] is source.train
+    if own and eval_split:
+        notes.append(f"split {eval_split} has no labels: k-NN holds out a tenth of {split} in its place")
+    return _told(source, opened, dataset, split, notes)
+
+
+def _source(train, split, held_out, eval_split, skip_bad_images, seed):
     shape = _common_shape(train, split, skip_bad_images)
     train = _by_row(train, split, shape, skip_bad_images)
     rows = torch.randperm(len(train), generator=generator(seed, SPLIT))
@@ -89,6 +135,36 @@ def open_source(
     return Source(train, rows.sort().values, (train, rows[:BANK]), queries, max(shape), None)
 
 
+def _told(source, opened, dataset, split, notes):
+    """`source` with what was found and left out of `split`."""
+    base = split.partition("[")[0]
+    left_out = [*opened.left_out.get("", []), *opened.left_out.get(base, [])]
+    left_out += [(name, "cannot be read") for name in sorted(source.bad)]
+    lines, streams = [], source.rows is None
+    count = opened.counts.get(split) if streams else len(source.train)
+    if count is not None:
+        total, why = count + len(left_out), Counter(reason for _, reason in left_out)
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in why.items())
+        classes = ""
+        if not streams and "label" in source.train.table.column_names:
+            labels = source.train.labels(torch.arange(count))
+            classes = f" in {files.counted(len(labels[labels >= 0].unique()), 'class')}"
+        others = [f"{name} has {number:,}" for name, number in opened.counts.items() if name != base]
+        of = f", split {split}" if others or split != base else ""
+        of += f" ({', '.join(others)})" if others else ""
+        used = f"{count:,} used, {len(left_out):,} left out ({reasons})" if left_out else "all used"
+        damages = opened.damages.get(base, [])
+        if damages:
+            used = used.replace("all used", f"{count:,} used")
+            used += "".join(f"; {damage}, what is after them is lost" for damage in damages)
+        where = f"{'under' if os.path.isdir(opened.place or '') else 'in'} {files.shown(opened.place or dataset)}"
+        lines.append(f"found {files.counted(total, 'image')}{classes} {where}{of}; {used}")
+    lines += [f"note: {note}" for note in (*opened.notes, *notes)]
+    left_out += [(damage, "what is after them is lost") for damage in opened.damages.get(base, [])]
+    listed = tuple(f"{files.shown(name)}: {reason}" for name, reason in left_out)
+    return source._replace(found=tuple(lines), left_out=listed, fingerprint=opened.fingerprint)
+
+
 class Labelled(NamedTuple):
     """Images with classes: rows of `images`, and of each the number of its class among `names`."""
 
@@ -96,6 +172,8 @@ class Labelled(NamedTuple):
     rows: torch.Tensor
     labels: torch.Tensor  # int64
     names: list
+    found: tuple[str, ...] = ()  # notes on what was read, in lines
+    fingerprint: str | None = None  # of the relative names and sizes of local data
 
 
 def open_labelled(
@@ -108,21 +186,36 @@ def open_labelled(
     label_column: str | None = None,
     skip_bad_images: bool = False,
     seed: int = 0,
+    remembered: bool = False,
+    max_pixels: int | None = None,
 ) -> tuple[Labelled, Labelled]:
     """Open `dataset` for evaluation: images to learn from, and images to be judged by.
 
     These are the split that is called validation or test or, where there is none, the tenth that pretraining with this
     seed held out. Raises UserError where there are no labels, or where the two have other classes.
     """
-    splits = _load(dataset, subset, False)
-    eval_split = eval_split or _split_to_evaluate(splits, split)
+    limit(max_pixels or PIXELS)
+    with reading(f"--dataset {dataset}"):
+        found = sources.opened(dataset, subset, False, skip_bad_images, remembered)
+        asked = eval_split
+        eval_split = eval_split or _split_to_evaluate(found.splits, split)
+        parts = {}
+        for wanted in (split, eval_split) if eval_split else (split,):
+            rows = _take_split(found, wanted, dataset)
+            optional = wanted != split and not asked
+            rows = columns.chosen(rows, f"{dataset}, {wanted}", image_column, label_column, optional)
+            if "label" in rows.column_names:
+                parts[wanted] = rows
+            elif not optional:
+                why = "; ".join(found.notes) or "name their column: --label_column NAME"
+                raise UserError(f"--dataset {dataset}: split {wanted} has no labels; {why}")
+        parts, notes = columns.numbered(parts)
+    if not asked and eval_split in parts and not (np.asarray(parts[eval_split]["label"]) >= 0).any():
+        del parts[eval_split]  # a Hub test set may say -1 of all
+    if eval_split and eval_split not in parts:
+        notes.append(f"split {eval_split} has no labels: a tenth of {split} is held out, and is the evaluation set")
     opened = []
-    for wanted in (split, eval_split) if eval_split else (split,):
-        rows = _columns(_take_split(splits, wanted, dataset), f"{dataset}, {wanted}", image_column, label_column)
-        if "label" not in rows.column_names:
-            raise UserError(
-                f"--dataset {dataset}: split {wanted} has no labels; name their column: --label_column NAME"
-            )
+    for wanted, rows in parts.items():
         shape = opened[0][0].shape if opened and not opened[0][0].in_workers else None
         images = _by_row(rows, wanted, shape or _common_shape(rows, wanted, skip_bad_images), skip_bad_images)
         numbers = images.labels(torch.arange(len(images)))
@@ -137,12 +230,13 @@ def open_labelled(
     _same_classes(dataset, *parts)
     classes = parts[0][1][parts[0][3]]
     classes = classes[classes >= 0].unique()
+    notes, mark = tuple(f"note: {note}" for note in (*found.notes, *notes)), found.fingerprint
     found = []
     for images, numbers, names, rows in parts:
         rows = rows[numbers[rows] >= 0]
         labels = torch.searchsorted(classes, numbers[rows])
         listed = [names[c] if names else str(c) for c in classes.tolist()]
-        found.append(Labelled(images, rows, labels, listed))
+        found.append(Labelled(images, rows, labels, listed, notes, mark))
     return tuple(found)
 
 
@@ -196,8 +290,8 @@ def _unfit(labels) -> str | None:
 
 def _stream_source(train, held_out, skip_bad, seed):
     side = max(_common_shape(train.take(16), "the stream", skip_bad))
-    if "label" not in _features(train):
-        return Source(train, None, None, None, side, "no labels")
+    if "label" not in features_of(train):
+        return Source(train, None, None, None, side, "no labels"), []
 
     def sample(stream, most):
         """Up to `most` rows, few from each of many shards."""
@@ -207,20 +301,23 @@ def _stream_source(train, held_out, skip_bad, seed):
             if len(records) >= most:
                 break
         records = records[:most]
-        columns = {name: [record[name] for record in records] for name in ("image", "label")}
-        rows = Dataset.from_dict(columns, features=_features(train))
-        return LargeImages(rows, "the stream's sample", skip_bad), torch.arange(len(rows))
+        kept = {name: [record[name] for record in records] for name in ("image", "label")}
+        return Dataset.from_dict(kept, features=features_of(train))
 
-    queries = None
-    if held_out is not None and "label" in _features(held_out):
+    whole, queries = train, None
+    if held_out is not None and "label" in features_of(held_out):
         queries = sample(held_out, QUERIES // 10)
-        queries = queries if (queries[0].labels(queries[1]) >= 0).any() else None
+        queries = queries if any(label not in (None, -1) for label in queries["label"]) else None
     if queries is None:
         queries = sample(train.filter(is_held_out), QUERIES // 20)
         train = train.filter(is_not_held_out)
-    bank = sample(train, BANK // 10)
+    samples = {"the stream's sample": sample(train, BANK // 10), "the stream's k-NN queries": queries}
+    samples, notes = columns.numbered(samples)
+    bank, queries = ((LargeImages(rows, name, skip_bad), torch.arange(len(rows))) for name, rows in samples.items())
     note = _unfit(bank[0].labels(bank[1])) or (None if len(queries[1]) else "no image was held out")
-    return Source(train, None, None if note else bank, None if note else queries, side, note)
+    if note:
+        return Source(whole, None, None, None, side, note), notes
+    return Source(train, None, bank, queries, side, None), notes
 
 
 def is_held_out(record: dict) -> bool:
@@ -230,11 +327,6 @@ def is_held_out(record: dict) -> bool:
 
 def is_not_held_out(record: dict) -> bool:
     return not is_held_out(record)
-
-
-def _features(rows):
-    """The features of a dataset, or of a stream, which may know them only from its first row."""
-    return rows.features or Dataset.from_list(list(rows.take(1))).features
 
 
 def _common_shape(rows, split, skip_bad):
@@ -247,133 +339,26 @@ def _common_shape(rows, split, skip_bad):
             shapes.append((image.height, image.width))
         except ValueError as error:
             if not skip_bad:
-                raise bad_row(row, split, error) from None
+                raise bad_row(row, split, error, record["image"]) from None
     if not shapes:
         raise UserError(f"split {split}: no image in it can be read")
     return max(height for height, _ in shapes), max(width for _, width in shapes)
 
 
-def _digits():
-    from sklearn.datasets import load_digits
-
-    scans = load_digits()
-    images = [{"bytes": _png(scan), "path": None} for scan in scans.images]
-    features = Features(image=datasets.Image(), label=ClassLabel(names=[str(d) for d in range(10)]))
-    return {"train": Dataset.from_dict({"image": images, "label": scans.target.tolist()}, features=features)}
-
-
-def _png(scan):
-    file = io.BytesIO()
-    Image.fromarray((scan * 255 / 16).round().astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-def _load(spec, subset, streaming):
-    """Every split of `spec` by name."""
-    if spec == "digits":
-        return _as_streams(_digits()) if streaming else _digits()
-    path = Path(spec).expanduser()
-    files = [glob.escape(str(path))] if path.is_file() else sorted(glob.glob(str(path)))
-    files = [] if path.is_dir() else files
-    try:
-        if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()):
-            saved = datasets.load_from_disk(str(path))
-            saved = saved if isinstance(saved, dict) else {"train": saved}
-            return _as_streams(saved) if streaming else dict(saved)
-        if path.is_dir():
-            if subset is not None:
-                raise UserError(f"--subset {subset}: a folder has none")
-            if streaming and datasets.load_dataset_builder(str(path)).name == "imagefolder":
-                return _as_streams(datasets.load_dataset(str(path)))  # a list of files; they are read as it trains
-            return _many_shards(datasets.load_dataset(str(path), streaming=streaming))
-        if files:
-            kinds = {FILES.get(Path(file).suffix) for file in files}
-            if len(kinds) > 1 or None in kinds:
-                raise UserError(f"--dataset {spec}: want files that end in {', '.join(FILES)}, all alike")
-            return _many_shards(datasets.load_dataset(kinds.pop(), data_files=files, streaming=streaming))
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec):
-            raise UserError(f"--dataset {spec}: no such file or folder")
-        return _many_shards(datasets.load_dataset(spec, subset, streaming=streaming))
-    except UserError:
-        raise
-    except Exception as error:  # a loader of many formats raises whatever its format's library raises
-        kind = "cannot be read" if files or path.is_dir() else "is no file or folder here, and the Hub did not serve it"
-        raise UserError(
-            f"--dataset {spec}: {kind} ({first_line(error)}). The default, digits, needs no network"
-        ) from error
-
-
-def _as_streams(splits):
-    """Rows that are here already, read as they are asked for."""
-    return {k: v.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(v)))) for k, v in splits.items()}
-
-
-def _many_shards(splits):
-    """A stream of few parquet files by their row groups; of many not, since that reads each file's end."""
-    few = [k for k, v in splits.items() if not isinstance(v, Dataset) and v.num_shards < SHARDS // 4]
-    return {k: v.reshard() if k in few else v for k, v in splits.items()}
-
-
-def _take_split(splits, wanted, spec):
+def _take_split(opened, wanted, spec):
     """The split `wanted`: a name, or a name and a range of rows, as in train[:5000]."""
-    match = re.fullmatch(r"([\w.-]+)(?:\[(\d*):(\d*)\])?", wanted)
-    if not match or match[1] not in splits:
+    splits, match = opened.splits, re.fullmatch(r"([\w.-]+)(?:\[(\d*):(\d*)\])?", wanted)
+    name = match and next((x for x in (match[1], sources.SPLIT_OF.get(match[1])) if x in splits), None)
+    if name is None:
         raise UserError(f"split {wanted!r}: {spec} has {', '.join(splits)}; write one, or a part, as in train[:5000]")
-    rows, start, stop = splits[match[1]], int(match[2] or 0), int(match[3]) if match[3] else None
+    rows, start, stop = splits[name], int(match[2] or 0), int(match[3]) if match[3] else None
     if not isinstance(rows, Dataset):
         if match[2] or match[3]:
             raise UserError(f"split {wanted!r}: a part of a stream depends on who reads it; want a whole split")
         return rows
-    rows = rows.select(range(*slice(start, stop).indices(len(rows)))) if match[2] or match[3] else rows
+    total = len(rows)
+    rows = rows.select(range(*slice(start, stop).indices(total))) if match[2] or match[3] else rows
     if len(rows) == 0:
-        raise UserError(f"split {wanted!r} of {spec} has no rows")
+        why = f"it has {total:,} in all" if total else "; ".join(opened.notes)
+        raise UserError(f"split {wanted!r} of {spec} has no rows{f' ({why})' if why else ''}")
     return rows
-
-
-def _columns(rows, spec, image, label, optional=False):
-    """`rows` with only the columns "image", undecoded, and "label", which may be missing where `optional`."""
-    features = _features(rows)
-
-    def kind(name):
-        return getattr(features[name], "dtype", "") or type(features[name]).__name__
-
-    def is_image(name):
-        found = features[name]
-        return isinstance(found, datasets.Image) or (isinstance(found, dict) and set(found) == {"bytes", "path"})
-
-    has = ", ".join(f"{name} ({kind(name)})" for name in features)
-    if optional and label not in (None, "none") and label not in features:
-        label = "none"
-    for flag, name in (("image_column", image), ("label_column", label)):
-        if name not in (None, "none") and name not in features:
-            raise UserError(f"--{flag} {name}: no such column in {spec}; it has {has}")
-    if image is None:
-        found = [name for name in features if is_image(name)]
-        if not found:
-            raise UserError(f"--dataset {spec}: no column holds images; it has {has}")
-        if len(found) > 1:
-            raise UserError(
-                f"--dataset {spec}: images in columns {', '.join(found)}; choose: --image_column {found[0]}"
-            )
-        image = found[0]
-    elif not is_image(image) and kind(image) not in ("binary", "large_binary"):
-        raise UserError(f"--image_column {image}: {kind(image)} is no image column")
-    numbers = [name for name in features if re.fullmatch(r"u?int\d+", kind(name))]
-    if label is None:
-        found = [name for name in features if isinstance(features[name], ClassLabel)]
-        found = found or (numbers if len(numbers) == 1 else [])
-        if len(found) > 1:
-            raise UserError(
-                f"--dataset {spec}: classes in columns {', '.join(found)}; choose: --label_column {found[0]}, or none"
-            )
-        label = found[0] if found else "none"
-    elif label != "none" and label not in numbers and kind(label) not in ("string", "large_string", "bool"):
-        raise UserError(f"--label_column {label}: {kind(label)} holds no classes; want integers or names")
-    if isinstance(features[image], datasets.Image):  # before anything else, which in a stream would decode it
-        rows = rows.cast_column(image, datasets.Image(decode=False))
-    rows = rows.select_columns([image] + [label] * (label != "none"))
-    rows = rows.rename_columns({k: v for k, v in ((image, "image"), (label, "label")) if k not in (v, "none")})
-    kept = {"image": datasets.Image(decode=False)}
-    if label != "none":
-        kept["label"] = features[label] if rows.features else Value("int64")
-    return rows.cast(Features(kept))

@@ -19,13 +19,13 @@ from loading.batches import VIEW, Batches, Feed, StreamBatches, generator, place
 from loading.images import after_crop
 from methods import METHODS
 from methods.networks import Losses, average_statistics
-from training import dry_run, guards, pictures
+from training import dry_run, guards, left_out, pictures
 from training import folder as run_folder
 from training.devices import mover, open_accelerator
 from training.optimize import learning_rate, optimizer_of
 from training.peers import Peers, agreement
 from training.report import COLLAPSE, Clock, measured, summary
-from training.resolve import read, resolve, view_recipes
+from training.resolve import Began, read, resolve, view_recipes
 from training.settings import Pretraining
 from training.state import Training
 
@@ -33,14 +33,16 @@ from training.state import Training
 @command(Pretraining)
 def pretrain(asked: Pretraining, given: Given) -> Path | None:
     """Pretrain a backbone as `Pretraining` says; returns the run folder, or None after a dry run."""
-    asked, folder, had_images = read(asked, given)
+    asked, folder, began = read(asked, given)
     accelerator = start(asked, folder)
     peers = Peers()
     if folder is None and not asked.dry_run:
         run_folder.choose(asked.out, asked.method, asked.dataset)  # refuses a folder in use, in every process alike
 
     source = open_data(asked, accelerator)
-    t = build(asked, given, source, accelerator, had_images)
+    for line in source.found:
+        accelerator.print(line)
+    t = build(asked, given, source, accelerator, began)
     resumes = folder is not None and run_folder.last_checkpoint(folder) is not None  # else it ended before its first
     if folder is not None and resumes:
         resume(t, folder)
@@ -95,12 +97,14 @@ def open_data(asked: Pretraining, accelerator: Accelerator) -> data.Source:
             label_column=asked.label_column,
             streaming=asked.streaming,
             skip_bad_images=asked.skip_bad_images,
+            max_pixels=asked.max_pixels,
             seed=asked.seed,
+            remembered=not accelerator.is_local_main_process,
         )
 
 
 def build(
-    asked: Pretraining, given: Given, source: data.Source, accelerator: Accelerator, had_images: int | None
+    asked: Pretraining, given: Given, source: data.Source, accelerator: Accelerator, began: Began | None
 ) -> Training:
     """The method's network around the backbone, and its optimizer, with the weights that the seed gives."""
     method_file = METHODS[asked.method]
@@ -113,7 +117,7 @@ def build(
         device=accelerator.device.type,
         world=accelerator.num_processes,
         mixed_precision=str(accelerator.mixed_precision),
-        had_images=had_images,
+        began=began,
     )
     method = method_file.Method(network, **s.heads)
     draw_mixture = getattr(method_file, "sample_mixture", sample_mixture)
@@ -168,6 +172,7 @@ def open_folder(t: Training, folder: Path | None, peers: Peers) -> None:
     if t.accelerator.is_main_process:
         folder = folder or run_folder.create(t.s.out, t.s.method, t.s.dataset)
         run_folder.cut_metrics(folder, t.start)
+        left_out.add(folder, t.source.left_out)
         config = {**t.s.config(), "out": str(folder), "versions": run_folder.versions()}
         run_folder.write_json(folder / "config.json", config)
     t.folder = peers.folder = Path(broadcast_object_list([str(folder)])[0])
@@ -336,10 +341,12 @@ def save(t: Training, done: int) -> None:
     average_statistics(t.method)
     own = {name: [float(v) for v in values] for name, values in t.window.items()}
     processes = gather_object([{"window": own, "places": t.feed.places}])
+    bad = sorted(set(gather_object(sorted(t.feed.bad))))
     if t.accelerator.is_main_process:
         assert t.folder is not None
         state = {"made_by": t.made_by, "processes": processes, "baselines": t.baselines, "health": t.health}
         state["scaler"] = t.accelerator.scaler.state_dict() if t.accelerator.scaler else {}
+        left_out.add(t.folder, [f"{name}: cannot be read" for name in bad])
         run_folder.save_checkpoint(t.folder, done, t.method, t.optimizer.state_dict(), state, t.s.keep)
     t.accelerator.wait_for_everyone()
 

@@ -14,6 +14,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as run_lengths
 
 from flags import UserError, first_line, reading
+from loading import sources
 from loading.batches import CROP, epoch_order, generator
 from loading.images import decode
 
@@ -202,7 +203,7 @@ def _coco(root, split):
 
 def _hub(data):
     with reading(f"--data {data}: no such folder here, and as a dataset"):
-        splits = datasets.load_dataset(data)
+        splits = sources.splits_of(data)
     test = next((split for split in ("validation", "valid", "val", "test") if split in splits), None)
     if test is None or "train" not in splits:
         raise UserError(f"--data {data}: want the splits train, and validation or test; it has {', '.join(splits)}")

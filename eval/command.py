@@ -18,7 +18,7 @@ from eval.weights import Backbone, load_backbone
 from flags import Given, UserError
 from training.devices import open_accelerator
 
-DATA = "subset split eval_split image_column label_column skip_bad_images".split()
+DATA = "subset split eval_split image_column label_column skip_bad_images max_pixels".split()
 
 
 class Task(NamedTuple):
@@ -48,7 +48,11 @@ def protocol(settings: type[Evaluation]) -> Callable[[Callable[[Task, Any], dict
             loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
             images = images_of(s, loaded.config)
             opened = {k: v for k, v in images.items() if k != "dataset"}
-            parts = data.open_labelled(images["dataset"], **opened, seed=loaded.config.get("seed", s.seed))
+            opened |= dict(seed=loaded.config.get("seed", s.seed), remembered=not accelerator.is_local_main_process)
+            with accelerator.local_main_process_first():  # it lists the folder, and fills the caches, for the others
+                parts = data.open_labelled(images["dataset"], **opened)
+            for line in (*parts[0].found, *data.changed(parts[0], images["dataset"], loaded.config)):
+                accelerator.print(line)
             loaded.network.to(accelerator.device, memory_format=torch.channels_last).eval()
             task = Task(accelerator, loaded, *parts, seed=s.seed, workers=workers, chosen={})
             task.say(
@@ -81,7 +85,9 @@ def images_of(s: Evaluation, config: dict) -> dict[str, Any]:
     if s.dataset is None:
         if not config:
             raise UserError("--dataset: name the images to evaluate on; a run's own are known, those of a file are not")
-        found |= {k: config[k] for k in found if found[k] is None}
+        found |= {k: config.get(k) for k in found if found[k] is None}
+    elif data.is_moved(s.dataset, config):  # the run's own images, as the run read them
+        found |= {k: config.get(k) for k in DATA if found[k] is None}
     return found | {"split": found["split"] or "train"}
 
 

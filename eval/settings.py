@@ -38,6 +38,9 @@ class Evaluation(Computing):
     image_column: str | None = flag(None, "for a dataset with several columns of images")
     label_column: str | None = flag(None, "for a dataset with several columns of classes")
     skip_bad_images: bool = flag(False, "leave out images that cannot be read")
+    max_pixels: int | None = flag(
+        None, "of an image; one that claims more is a bad image; default: the run's", range=at_least(1)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ from eval.command import finish, start
 from eval.features import features
 from eval.weights import load_backbone
 from flags import Given, UserError, command, reading
+from loading import sources
 from loading.batches import generator
 from loading.images import LargeImages, decode
 
@@ -103,7 +104,7 @@ def _boxes(file, root):
 def _read_dataset(data, said):
     """A dataset's splits trainval, or train and validation, and test, with lists of classes; none is difficult."""
     with reading(f"--data {data}{said}"):
-        splits = datasets.load_dataset(data)
+        splits = sources.splits_of(data)
     learn = [name for name in ("trainval",) if name in splits] or [x for x in ("train", "validation") if x in splits]
     if not learn or "test" not in splits:
         raise UserError(

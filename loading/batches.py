@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flags import UserError, reading
+from loading.files import named
 from loading.images import bad_row, crops, mark, stacked
 
 ORDER, CROP, VIEW, SPLIT = range(4)  # what a generator is for: keeps the streams of draws apart
@@ -143,8 +144,10 @@ class StreamBatches(IterableDataset):
                     images.append(crops(block[j], self.recipes, draws))
                 except ValueError as error:
                     if not self.skip_bad:
-                        raise bad_row(f"{j} after row {place.row} of a shard", "the stream", error) from None
-                    bad.append(str(mark(block[j])))
+                        row = f"{j} after row {place.row} of a shard"
+                        raise bad_row(row, "the stream", error, block[j]) from None
+                    path = block[j]["path"] if block[j] else None
+                    bad.append(named(path) if path else f"an image without a file, checksum {mark(block[j])}")
                     continue
                 last_good = place.epoch
                 if len(images) == self.part_size:

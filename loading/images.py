@@ -6,20 +6,23 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-import fsspec
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, Features, Value
+from datasets.fingerprint import Hasher
 from PIL import ExifTags, Image, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from bsim import ViewRecipe, random_crop_box
 from flags import UserError
+from loading import files
 
 SMALL = 64  # images whose longer side is at most this are decoded once, and cached
-PIXELS = 100_000_000  # an image that claims more is refused before it is decoded
+PIXELS = 100_000_000  # an image that claims more is refused before it is decoded; `limit` sets it
 ORIENTATION = ExifTags.Base.Orientation
+Image.MAX_IMAGE_PIXELS = None
 DECODER = 1  # raise when `to_rgb` or the cache's layout changes: cached pixels of another version are not used
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,6 +44,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def limit(pixels: int) -> None:
+    """Refuse images that claim more pixels than this, in this process and in workers that it forks later."""
+    global PIXELS
+    PIXELS, Image.MAX_IMAGE_PIXELS = pixels, None  # one limit, ours, which says how to raise it
+
+
 def decode(record: dict) -> Image.Image:
     """A row's {"bytes", "path"} as an RGB image; any way in which that can fail is a ValueError."""
     with _opened(record) as (image, _):
@@ -53,7 +62,10 @@ def _opened(record):
     try:
         with _open(record) as file, Image.open(file) as image:
             if image.width * image.height > PIXELS:
-                raise ValueError(f"claims {image.width} x {image.height} pixels")
+                raise ValueError(
+                    f"claims {image.width} x {image.height} pixels; the limit is {PIXELS:,} in all. If it is yours, "
+                    f"raise the limit: --max_pixels {image.width * image.height}"
+                )
             yield image, file
     except Exception as error:  # a broken file can raise anything, from SyntaxError to struct.error
         reason = "cannot identify image file" if "cannot identify" in str(error) else str(error) or type(error).__name__
@@ -64,23 +76,32 @@ def _opened(record):
 
 def _open(record):
     """The row's bytes, or its file: one of the Hub, or a regular one here, perhaps in an archive; no pipe or device."""
-    if record["bytes"] is not None:
-        return io.BytesIO(record["bytes"])
-    path = record["path"]
-    if path.startswith("hf://") or "::hf://" in path or Path(path.split("::")[-1]).is_file():
-        with fsspec.open(path) if "://" in path else open(path, "rb") as file:
-            return io.BytesIO(file.read())
-    raise ValueError(f"No such file: {path}")
+    if record is None or record["bytes"] is None and record["path"] is None:
+        raise ValueError("the row has no image: it is null")
+    return io.BytesIO(record["bytes"] if record["bytes"] is not None else files.read(record["path"]))
 
 
 def mark(record: dict) -> int:
     """A number for an image: from its bytes, or, of a file that is not read yet, from its folder and name."""
-    return zlib.crc32(record["bytes"] or "/".join(Path((record["path"] or "").split("::")[0]).parts[-2:]).encode())
+    record = record or {"bytes": None, "path": None}
+    return zlib.crc32(
+        record["bytes"]
+        or "/".join(Path((record["path"] or "").removeprefix(files.UNREADABLE).split("::")[0]).parts[-2:]).encode()
+    )
 
 
-def bad_row(row, split: str, error) -> UserError:
+def row_name(row, split: str, record: dict | None) -> str:
+    """What a list calls an image: its row, and its file where it has one."""
+    return f"row {row} of {split}{_file(record)}"
+
+
+def _file(record):
+    return f", {files.named(record['path'])}" if record and record["path"] else ""
+
+
+def bad_row(row, split: str, error, record: dict | None = None) -> UserError:
     return UserError(
-        f"row {row} of {split} is not an image that can be read ({error}). "
+        f"row {row} of {split} is not an image that can be read ({error}{_file(record)}). "
         "Mend it, or leave such rows out and count them: --skip_bad_images"
     )
 
@@ -111,7 +132,8 @@ class SmallImages:
     in_workers = False
 
     def __init__(self, rows: Dataset, split: str, shape: tuple[int, int], skip_bad: bool):
-        features = Features(pixels=Value("binary"), **{k: v for k, v in rows.features.items() if k == "label"})
+        kept = {k: v for k, v in rows.features.items() if k == "label"}
+        features = Features(pixels=Value("binary"), row=Value("int64"), **kept)
         self.shape = shape
         self.table = rows.map(
             _decode_batch,
@@ -120,9 +142,11 @@ class SmallImages:
             remove_columns=rows.column_names,
             features=features,
             fn_kwargs=dict(split=split, shape=shape, skip_bad=skip_bad, decoder=DECODER),
+            cache_file_name=_cached(rows, split, shape, skip_bad),
             desc="decoding",
         ).with_format("arrow")
-        self.bad = {f"{split} {i}" for i in range(len(rows) - len(self.table))}
+        kept = set(self.table["row"].to_pylist()) if len(self.table) < len(rows) else range(len(rows))
+        self.bad = {row_name(i, split, rows[i]["image"]) for i in range(len(rows)) if i not in kept}
 
     def __len__(self):
         return len(self.table)
@@ -141,21 +165,30 @@ class SmallImages:
         return images, images, []
 
 
+def _cached(rows, split, shape, skip_bad):
+    """Where decoded images are kept: in the cache of `datasets`, also of rows that lie in the user's own folder."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "bsim"
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = Hasher.hash((rows._fingerprint, rows.split and str(rows.split), split, shape, skip_bad, DECODER))
+    return str(folder / f"pixels-{mark}.arrow")
+
+
 def _decode_batch(batch, indices, split, shape, skip_bad, decoder):
     height, width = shape
-    kept = {name: [] for name in ("pixels", "label") if name == "pixels" or name in batch}
+    kept = {name: [] for name in ("pixels", "row", "label") if name != "label" or name in batch}
     for i, row in enumerate(indices):
         try:
             image = decode(batch["image"][i])
         except ValueError as error:
             if skip_bad:
                 continue
-            raise bad_row(row, split, error) from None
+            raise bad_row(row, split, error, batch["image"][i]) from None
         if max(image.size) > SMALL:
             raise TooLarge
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
         kept["pixels"].append(image.tobytes())
+        kept["row"].append(row)
         if "label" in kept:
             kept["label"].append(batch["label"][i])
     return kept
@@ -177,10 +210,11 @@ class LargeImages:
 
     def _image(self, row):
         """The image, or the error that says why there is none."""
+        record = self.table[row]["image"]
         try:
-            return decode(self.table[row]["image"])
+            return decode(record)
         except ValueError as error:
-            found = bad_row(row, self.split, error)
+            found = bad_row(row, self.split, error, record)
             if not self.skip_bad:
                 raise found from None
             return found
@@ -197,20 +231,20 @@ class LargeImages:
         found, bad = [], []
         for row in rows.tolist():
             for other in count(row):
+                record = self.table[other % len(self)]["image"]
                 try:
-                    found.append(crops(self.table[other % len(self)]["image"], recipes, generator))
+                    found.append(crops(record, recipes, generator))
                     break
                 except ValueError as error:
                     if not self.skip_bad or other == row + len(self):
-                        raise bad_row(other % len(self), self.split, error) from None
-                bad.append(f"{self.split} {other % len(self)}")
+                        raise bad_row(other % len(self), self.split, error, record) from None
+                bad.append(row_name(other % len(self), self.split, record))
         return *stacked(found), bad
 
 
 def class_numbers(labels: list) -> torch.Tensor:
-    """int64 numbers for classes given as integers or names; -1 where there is none."""
-    numbers = (-1 if x is None else zlib.crc32(x.encode()) if isinstance(x, str) else int(x) for x in labels)
-    return torch.tensor(list(numbers), dtype=torch.int64)
+    """int64 numbers for classes given as integers; -1 where there is none. Names: loading/columns.py numbers them."""
+    return torch.tensor([-1 if x is None else int(x) for x in labels], dtype=torch.int64)
 
 
 def crops(record, recipes, generator):

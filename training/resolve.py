@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +22,14 @@ from training.settings import DRY_RUN, Pretraining
 LOOP = ("optimizer", "lr", "weight_decay", "warmup_epochs")  # of a method's defaults, those its network does not take
 HEADS = ("temperature", "momentum", "queue", "hidden_dim", "embedding_dim", "predictor_dim")
 ON_RESUME = [field.name for field in flags_of(Pretraining) if field.metadata["on_resume"]]
+
+
+class Began(NamedTuple):
+    """The data that a resumed run began with."""
+
+    images: int | None
+    fingerprint: str | None
+    moved: bool  # whether it is named anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,7 @@ class Run(Pretraining):
     heads: dict[str, Any]  # what the method's network takes: the flags of HEADS that it has, and what only it knows
     given: dict[str, Any]  # the flags that were typed
     images: int | None  # to train on; None for a stream
+    fingerprint: str | None  # of the relative names and sizes of local data
     steps_per_epoch: int | None
     peak_lr: float
     warmup_steps: int
@@ -58,8 +67,9 @@ class Run(Pretraining):
         return found | found.pop("heads")
 
 
-def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, int | None]:
-    """The settings, checked as far as they can be without the data; of a resumed run its folder and images too."""
+def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Began | None]:
+    """The settings, checked as far as they can be without the data; of a resumed run its folder and data too."""
+    asked = dataclasses.replace(asked, dataset=data.absolute(asked.dataset))
     if not asked.resume:
         return asked, None, None
     folder = Path(str(asked.out if asked.resume is True else asked.resume)).expanduser()
@@ -73,6 +83,7 @@ def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, in
     said = {
         k: getattr(asked, k) for k in defaults if getattr(asked, k) != defaults[k] or k in given.typed | given.recipe
     }
+    dataset = said.pop("dataset", config["dataset"])  # data that moved is named anew, and compared when it is open
     differ = [k for k, v in said.items() if k not in ON_RESUME and config.get(k) != v]
     if differ:
         rows = "".join(f"\n  {k:<18} {config.get(k)!s:<18} {said[k]}" for k in differ)
@@ -82,8 +93,10 @@ def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, in
         )
     merged = {k: config.get(k, default) for k, default in defaults.items()}
     merged |= {k: v for k, v in said.items() if k in ON_RESUME}
+    merged["dataset"] = dataset
     merged["epochs" if "steps" in said or merged["epochs"] is None else "steps"] = None  # the other one follows from it
-    return Pretraining(**merged), folder, config.get("images")
+    began = Began(config.get("images"), config.get("fingerprint"), moved=dataset != data.absolute(config["dataset"]))
+    return Pretraining(**merged), folder, began
 
 
 def resolve(
@@ -95,20 +108,22 @@ def resolve(
     device: str,
     world: int,
     mixed_precision: str,
-    had_images: int | None = None,
+    began: Began | None = None,
 ) -> tuple[Run, nn.Module]:
     """Fill in every setting that was left open; build the backbone.
 
-    had_images: how many images a resumed run began with. Raises UserError where settings and data do not fit.
+    began: the data that a resumed run began with. Raises UserError where settings and data do not fit.
     """
     size = asked.image_size or (max(16, source.side) if source.side <= SMALL_STEM else 224)
     small = "resnet_tiny" if device == "cpu" else "resnet18"
     backbone = asked.backbone or (small if size <= SMALL_STEM else "resnet50")
     batch_size = _batch_size(asked, source.images, world)
-    if had_images not in (None, source.images):
+    if began is not None and began.images not in (None, source.images):
         raise UserError(
-            f"--resume: the dataset has {source.images} images now, and had {had_images} when the run began"
+            f"--resume: the dataset has {source.images} images now, and had {began.images} when the run began"
         )
+    if began is not None:
+        data.check_same(source, asked.dataset, began.fingerprint, began.moved)
     each = source.images // batch_size if source.images else None
     epochs = asked.epochs if asked.steps else asked.epochs or 50
     steps = asked.steps or (epochs or 0) * (each or 0)
@@ -143,6 +158,7 @@ def resolve(
         heads=own,
         given={k: v for k, v in given.typed.items() if v != defaults_of(Pretraining)[k]},
         images=source.images,
+        fingerprint=source.fingerprint,
         steps_per_epoch=each,
         peak_lr=loop["lr"] * batch_size / 256,
         warmup_steps=min(steps - 1, warmup),
