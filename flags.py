@@ -60,8 +60,11 @@ def progress(total: int, *, start: int = 0, shown: bool = True, unit: str = "ste
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """'; did you mean X?', or nothing where no name is near."""
-    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    """'; did you mean X?', or nothing where no name is near. An owner before a / and a tag after a . do not count."""
+    known = list(names)
+    bare = word.rpartition("/")[2]
+    bare = bare if bare in known else bare.partition(".")[0] or bare
+    close = difflib.get_close_matches(bare, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 

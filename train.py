@@ -24,7 +24,7 @@ from training import folder as run_folder
 from training.devices import mover, open_accelerator
 from training.optimize import learning_rate, optimizer_of
 from training.peers import Peers, agreement
-from training.report import COLLAPSE, Clock, measured, summary
+from training.report import COLLAPSE, Clock, measured, spread, summary
 from training.resolve import Began, read, resolve, view_recipes
 from training.settings import Pretraining
 from training.state import Training
@@ -282,6 +282,8 @@ def train_step(t: Training, step: int) -> Losses:
         for name, value in (("loss", loss), ("sim", losses.sim), ("bsim", losses.bsim)):
             if value is not None:  # kept on the device: nothing waits for it between log lines
                 t.window.setdefault(name, []).append(value.detach().float())
+    if step == 0:  # what the collapse alarm compares with
+        t.health["random"] = float(accelerator.reduce(spread(losses.embeddings), reduction="mean"))
     t.method.after_step((step + 1) / s.steps)
     return losses
 

@@ -80,10 +80,15 @@ def check_finite(accelerator, losses: list, folder: Path, done: int, accumulate:
     raise RunError(f"the loss is not finite at step {step}, lr {found['lr']:g}{where}; {good}. Try a lower --lr")
 
 
+SPREAD = 0.01  # of the embeddings: below it they are one point, whatever they were at random weights
+
+
 def collapsed(memory: dict, spread: float) -> bool:
-    """True once: when the spread of the embeddings has been under a tenth of its first value for three log lines."""
-    memory.setdefault("early", spread)
-    memory["low"] = memory.get("low", 0) + 1 if spread < memory["early"] / 10 else 0
+    """True once: when the embeddings have collapsed in each of three log lines.
+
+    They have where their spread is under a tenth of `memory["random"]`, that at random weights, or under SPREAD.
+    """
+    memory["low"] = memory.get("low", 0) + 1 if spread < max(SPREAD, memory.get("random", 0) / 10) else 0
     if memory["low"] < 3 or "warned" in memory:
         return False
     memory["warned"] = True

@@ -13,7 +13,9 @@ from training.optimize import learning_rate
 from training.state import Training
 
 NOT_AGAIN = ("out", "resume", "sim_weight")  # flags that the command that is proposed does not repeat
-COLLAPSE = "their spread fell under a tenth of what it was. See curves.png; try a lower --lr or another --momentum"
+COLLAPSE = (
+    "their spread is 0, or a tenth of that at random weights. See curves.png; try a lower --lr"
+)
 
 
 @dataclass
@@ -30,11 +32,15 @@ class Clock:
         self.since, self.at = done, time.perf_counter()
 
 
+def spread(embeddings: torch.Tensor) -> torch.Tensor:
+    """The standard deviation of a unit vector's coordinate, times sqrt(D): 1 when spread (SimSiam, section 4.1)."""
+    unit = F.normalize(embeddings.detach().float(), dim=1)
+    return unit.std(0).mean() * unit.shape[1] ** 0.5
+
+
 def measured(t: Training, losses: Losses, done: int) -> dict[str, Any]:
     """Means over the window, which is emptied, and over the processes."""
-    embeddings = F.normalize(losses.embeddings.detach().float(), dim=1)
-    # The standard deviation of a unit vector's coordinate, times sqrt(D): 1 when spread (SimSiam, section 4.1).
-    values = {"feature_std": embeddings.std(0).mean() * embeddings.shape[1] ** 0.5}
+    values = {"feature_std": spread(losses.embeddings)}
     for name, seen in t.window.items():
         values[name] = torch.stack([torch.as_tensor(v, device=t.accelerator.device) for v in seen]).mean()
     means = {k: float(t.accelerator.reduce(v, reduction="mean")) for k, v in values.items()}

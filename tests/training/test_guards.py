@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
 
 from flags import RunError
 from methods import METHODS
@@ -106,13 +109,25 @@ def test_a_loss_that_is_not_finite_ends_the_run(place, monkeypatch, accumulate):
 
 
 def test_collapse_is_said_once_and_only_when_it_lasts():
-    def said(spreads):
-        memory = {}
+    def said(spreads, random=1.0):
+        memory = {"random": random}
         return [guards.collapsed(memory, spread) for spread in spreads]
 
     assert said([1.0, 0.09, 0.5, 0.09, 0.09]) == [False] * 5
     assert said([1.0, 0.09, 0.09, 0.09, 0.09, 0.09]) == [False, False, False, True, False, False]
-    assert said([0.5, 0.051, 0.051, 0.051]) == [False] * 4
+    assert said([0.5, 0.051, 0.051, 0.051], random=0.5) == [False] * 4
+    assert said([0.0, 0.0, 0.0, 0.0]) == [False, False, True, False]  # collapsed before its first log line
+    assert said([0.0, 0.0, 0.0], random=0.0) == [False, False, True]  # and at random weights, as black images are
+    assert said([0.02, 0.02, 0.02], random=0.15) == [False] * 3
+
+
+def test_images_that_are_all_black_are_warned_of(place, capsys):
+    black = Dataset.from_dict({"image": [Image.new("RGB", (16, 16))] * 40}).cast_column("image", ImageFeature())
+    black.to_parquet("black.parquet")
+    options = dict(dataset="black.parquet", batch_size=8, log_every=1)
+    pretrain(method="byol", backbone="resnet_tiny", steps=4, **options)
+    said = capsys.readouterr().out
+    assert "warning: step 3: the embeddings collapse; their spread is 0, or a tenth of that at random weights" in said
 
 
 def test_collapse_is_in_the_output_and_the_summary(place, monkeypatch, capsys):
