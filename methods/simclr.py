@@ -17,8 +17,8 @@ def defaults(*, image_size, width, steps, images):
     return dict(
         optimizer="lars",  # section 2.2
         lr=0.3,  # for each 256 images of a batch: appendix B.1
-        weight_decay=1e-6,  # section 2.2
-        warmup_epochs=10.0,  # section 2.2, then cosine
+        weight_decay=1e-6,  # section 2.3
+        warmup_epochs=10.0,  # section 2.3, then cosine
         temperature=0.1,  # table 5
         **heads,
     )
