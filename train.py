@@ -39,7 +39,7 @@ def pretrain(asked: Pretraining, given: Given) -> Path | None:
     if folder is None and not asked.dry_run:
         run_folder.choose(asked.out, asked.method, asked.dataset)  # refuses a folder in use, in every process alike
 
-    source = open_data(asked, accelerator)
+    source = open_data(asked, accelerator, began)
     for line in source.found:
         accelerator.print(line)
     t = build(asked, given, source, accelerator, began)
@@ -86,7 +86,7 @@ def start(asked: Pretraining, folder: Path | None) -> Accelerator:
     return accelerator
 
 
-def open_data(asked: Pretraining, accelerator: Accelerator) -> data.Source:
+def open_data(asked: Pretraining, accelerator: Accelerator, began: Began | None) -> data.Source:
     with accelerator.local_main_process_first():
         return data.open_source(
             asked.dataset,
@@ -100,6 +100,7 @@ def open_data(asked: Pretraining, accelerator: Accelerator) -> data.Source:
             max_pixels=asked.max_pixels,
             seed=asked.seed,
             remembered=not accelerator.is_local_main_process,
+            way=began.way if began else data.way_of({}, pixel_range=asked.pixel_range),
         )
 
 
