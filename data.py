@@ -17,10 +17,9 @@ from loading.batches import ORDER, SPLIT, generator
 from loading.columns import features_of
 from loading.full_disk import opening
 from loading.images import PIXELS, LargeImages, SmallImages, limit, mark
-from loading.reading import OPEN, Way, way_of
+from loading.reading import OPEN, Way
 
-__all__ = ["way_of"]
-absolute = sources.absolute
+absolute, way_of = sources.absolute, reading.way_of
 BANK, QUERIES = 50_000, 10_000  # images of a k-NN evaluation, at most; a tenth of that from a stream
 DIGITS = dict(min_crop=0.6, flip=0.0)  # views of the digits: half a digit, or a mirrored one, is another or none
 

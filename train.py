@@ -171,11 +171,13 @@ def before_training(t: Training) -> None:
 
 def open_folder(t: Training, folder: Path | None, peers: Peers) -> None:
     if t.accelerator.is_main_process:
+        new = folder is None
         folder = folder or run_folder.create(t.s.out, t.s.method, t.s.dataset)
-        run_folder.cut_metrics(folder, t.start)
-        left_out.add(folder, t.source.left_out)
-        config = {**t.s.config(), "out": str(folder), "versions": run_folder.versions()}
-        run_folder.write_json(folder / "config.json", config)
+        with guards.leaves_no_half(folder, new):
+            run_folder.cut_metrics(folder, t.start)
+            left_out.add(folder, t.source.left_out)
+            config = {**t.s.config(), "out": str(folder), "versions": run_folder.versions()}
+            run_folder.write_json(folder / "config.json", config)
     t.folder = peers.folder = Path(broadcast_object_list([str(folder)])[0])
     if t.s.log_with:
         t.accelerator.project_configuration.logging_dir = str(t.folder)
@@ -360,10 +362,10 @@ def save(t: Training, done: int) -> None:
 
 def leave(t: Training) -> None:
     """The backbone, the curves, and a summary."""
-    bad = set(gather_object(sorted(t.feed.bad)))
+    bad, clipped = set(gather_object(sorted(t.feed.bad))), sum(gather_object([t.feed.clipped]))
     if t.accelerator.is_main_process:
         assert t.folder is not None
         run_folder.save_backbone(t.folder, t.method.backbone)
         pictures.draw_curves(t.folder)
     t.accelerator.end_training()
-    t.accelerator.print(summary(t, bad))
+    t.accelerator.print(summary(t, bad, clipped))

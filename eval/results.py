@@ -13,8 +13,7 @@ def write_result(folder: Path, protocol: str, dataset: str, settings: dict, metr
     line |= {"seed": settings.get("seed"), "versions": run_folder.versions()}
     path = folder / "results.jsonl"
     half = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-    with open(path, "a") as file:
-        file.write("\n" * half + json.dumps(line) + "\n")
+    run_folder.append(path, "\n" * bool(half) + json.dumps(line))
 
 
 def read_results(folder: Path) -> list[dict]:
