@@ -1,6 +1,8 @@
 """Images: one as RGB, many by row: small ones decoded in the `datasets` cache, large ones decoded when asked for."""
 
 import io
+import os
+import shutil
 import zlib
 from contextlib import contextmanager
 from itertools import chain
@@ -162,17 +164,16 @@ class SmallImages:
         too_large = kept_in.with_suffix(".large")  # decoding once found one: it need not be tried again
         if too_large.exists():
             raise TooLarge
+        options = dict(
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=features,
+            fn_kwargs=way | {"decoder": DECODER},
+            desc="decoding",
+        )
         try:
-            self.table = rows.map(
-                _decode_batch,
-                batched=True,
-                with_indices=True,
-                remove_columns=rows.column_names,
-                features=features,
-                fn_kwargs=way | {"decoder": DECODER},
-                cache_file_name=str(kept_in),
-                desc="decoding",
-            ).with_format("arrow")
+            self.table = _kept(rows, kept_in, options).with_format("arrow")
         except TooLarge:
             too_large.touch()
             raise
@@ -204,6 +205,19 @@ def _cached(rows, way):
     folder.mkdir(parents=True, exist_ok=True)
     mark = Hasher.hash((rows._fingerprint, rows.split and str(rows.split), sorted(way.items()), DECODER))
     return folder / f"pixels-{mark}.arrow"
+
+
+def _kept(rows, kept_in, options):
+    """The decoded rows in the file `kept_in`, which is complete or absent: a full disk leaves nothing beside it."""
+    aside = kept_in.with_suffix(f".{os.getpid()}")
+    if not kept_in.exists():
+        aside.mkdir(exist_ok=True)
+        try:
+            rows.map(_decode_batch, cache_file_name=str(aside / "pixels.arrow"), **options)
+            (aside / "pixels.arrow").replace(kept_in)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return rows.map(_decode_batch, cache_file_name=str(kept_in), load_from_cache_file=True, **options)
 
 
 def _decode_batch(batch, indices, split, shape, skip_bad, pixel_range, shrink, decoder):

@@ -13,7 +13,7 @@ from PIL import Image
 import data
 from eval.knn import knn
 from flags import RunError
-from loading import reading
+from loading import images, reading
 from tests.test_data import encoded, picture, table
 from train import pretrain
 
@@ -116,3 +116,24 @@ def test_a_full_disk_while_images_are_decoded_is_one_line(place, monkeypatch):
     with pytest.raises(RunError, match=r"^--dataset \.: no space left in .*; Make room|HF_HOME=FOLDER") as caught:
         data.open_source(".")
     assert str(datasets.config.HF_DATASETS_CACHE) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_full_disk_leaves_nothing_half_in_the_cache(place, monkeypatch):
+    for i in range(40):
+        picture(i).save(place / f"{i}.png")
+    (place / "cache").mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
+    decoded, calls = images.decoded, []
+
+    def fills(*given):
+        calls.append(1)
+        if len(calls) > 30:
+            raise OSError(122, "Disk quota exceeded")
+        return decoded(*given)
+
+    monkeypatch.setattr(images, "decoded", fills)
+    with pytest.raises(RunError, match="no space left in .*/cache"):
+        data.open_source(".")
+    assert [path.name[:8] for path in place.glob("cache/bsim/*")] == ["listing-"]
+    monkeypatch.setattr(images, "decoded", decoded)
+    assert len(data.open_source(".").train) == 40
