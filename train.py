@@ -158,7 +158,7 @@ def distribute(t: Training) -> None:
 
 
 def evaluate(t: Training, features: Any) -> float:
-    return knn_accuracy(t.accelerator, t.source, features, image_size=t.s.image_size, workers=t.s.workers)
+    return knn_accuracy(t.accelerator, t.source, features, image_size=t.s.image_size, workers=t.s.workers, delay=5)
 
 
 def before_training(t: Training) -> None:
