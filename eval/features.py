@@ -42,8 +42,8 @@ def refuse_not_finite(values, what="features") -> None:
     bad = int((~values.isfinite()).flatten(1).any(1).sum()) if len(values) else 0
     if bad:
         raise RunError(
-            f"the {what} of {bad} of {len(values)} images are NaN or infinite, so no figure of them means anything: the "
-            "weights have diverged, or values overflow at this --mixed_precision"
+            f"the {what} of {bad} of {len(values)} images are NaN or infinite, and no figure of them has a meaning; "
+            "the weights have diverged, or values overflow at this --mixed_precision"
         )
 
 

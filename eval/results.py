@@ -56,7 +56,9 @@ def read_results(folder: Path) -> list[dict]:
             print(f"{path}: line {number} was cut off and is left out", file=sys.stderr)
             continue
         if value is not None and not isinstance(value, dict):
-            raise UserError(f"{path}: line {number} is {line.decode()[:40]}, no result; want an object. Delete the line")
+            raise UserError(
+                f"{path}: line {number} is {line.decode()[:40]}, no result; want an object. Delete the line"
+            )
         found += [value] if value is not None else []
     return found
 

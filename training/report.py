@@ -13,9 +13,7 @@ from training.optimize import learning_rate
 from training.state import Training
 
 NOT_AGAIN = ("out", "resume", "sim_weight")  # flags that the command that is proposed does not repeat
-COLLAPSE = (
-    "their spread is 0, or a tenth of that at random weights. See curves.png; try a lower --lr"
-)
+COLLAPSE = "their spread is 0, or a tenth of that at random weights. See curves.png; try a lower --lr"
 
 
 @dataclass
