@@ -51,15 +51,15 @@ def read_results(folder: Path) -> list[dict]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     for number, line in enumerate(lines, 1):
         try:
-            value = json.loads(line) if line.strip() else None
+            value = json.loads(line) if line.strip() else {}
         except ValueError:
             print(f"{path}: line {number} was cut off and is left out", file=sys.stderr)
             continue
-        if value is not None and not isinstance(value, dict):
+        if not isinstance(value, dict):
             raise UserError(
                 f"{path}: line {number} is {line.decode()[:40]}, no result; want an object. Delete the line"
             )
-        found += [value] if value is not None else []
+        found += [value] if value else []
     return found
 
 

@@ -68,5 +68,7 @@ def refuse_diverged(losses, classes: int, step: int, *, ended: bool) -> None:
     worst = float(losses.mean()) if ended else 0.0
     if finite and worst <= DIVERGED * chance and float(losses.max()) <= ABSURD * chance:
         return
+    if not finite and step == 1:  # nothing was learnt yet
+        raise RunError("the network's features are NaN or infinite: no classifier can be trained on them")
     said = f"is {float(losses.max()):.3g}, where chance has {chance:.3g}" if finite else "is NaN or infinite"
     raise RunError(f"the classifier has diverged: its loss {said}, at step {step}; try a lower --lr")

@@ -69,8 +69,9 @@ def _read(run: str, file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file. Raises UserError that says what another file is."""
     try:
         with open(file, "rb") as opened:
-            start = opened.read(2)
-        if start == b"PK" or start[:1] == b"\x80":  # a zip archive or a pickle
+            start = opened.read(9)
+        # A zip archive or a pickle. A safetensors file begins with any eight bytes, a length, but then with a brace.
+        if start[8:] != b"{" and start.startswith((b"PK", b"\x80")):
             raise UserError(
                 f"--run {run}: {file} is written by torch.save{_pickled(file)}; want a .safetensors file with the "
                 "weights alone, as timm names them"
@@ -102,13 +103,15 @@ def _unfit(weights: dict, wanted: dict) -> tuple[int, str] | None:
     ]
     if not wrong:
         return None
-    prefix = _prefix(weights, wanted)
-    named = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    missing, more = [k for k in wanted if k not in named], [k for k in named if k not in wanted]
+    prefixes = _prefixes(weights, wanted)
+    named = {k.removeprefix(prefixes[0]): v for k, v in weights.items() if k.startswith(prefixes[0])}
+    others = [k for k in weights if not k.startswith(tuple(prefixes))]
+    missing = [k for k in wanted if k not in named]
+    more = [k for k in weights if k not in others and not any(k.removeprefix(p) in wanted for p in prefixes)]
     counters = [k for k in missing if k.endswith("num_batches_tracked")]
     shapes = [k for k in named if k in wanted and named[k].shape != wanted[k].shape]
-    said = [f"their names begin with {prefix}"] if prefix else []
-    said += [f"there are {len(weights) - len(named)} others, without it"] if len(weights) > len(named) else []
+    said = [f"their names begin with {' or '.join(prefixes)}"] if prefixes[0] else []
+    said += [f"{len(others)} others, such as {others[0]}, do not"] if others else []
     if more and len(missing) == len(counters):
         said.append(f"there is a head, {' and '.join(sorted(more)[:2])}")
     if counters:
@@ -121,15 +124,16 @@ def _unfit(weights: dict, wanted: dict) -> tuple[int, str] | None:
     return len(wrong), ": " + "; ".join(said)
 
 
-def _prefix(weights: dict, wanted: dict) -> str:
-    """What stands before the wanted names in a file, as in module.encoder_q.: of several, that of most weights."""
+def _prefixes(weights: dict, wanted: dict) -> list[str]:
+    """What stands before the wanted names in a file, as in module.encoder_q.: of several, those of most weights."""
     found = Counter({"": sum(k in wanted for k in weights)})
     for name in weights:
         parts = name.split(".")
         for i in range(1, len(parts)):
             if ".".join(parts[i:]) in wanted:
                 found[".".join(parts[:i]) + "."] += 1
-    return found.most_common(1)[0][0]
+    most = max(found.values())
+    return [""] if found[""] == most else sorted(k for k, count in found.items() if count == most)
 
 
 def load_method(loaded: Backbone) -> nn.Module:
@@ -140,7 +144,7 @@ def load_method(loaded: Backbone) -> nn.Module:
     """
     config, checkpoint = loaded.config, loaded.checkpoint or run_folder.last_checkpoint(loaded.folder)
     file = checkpoint / "method.safetensors"
-    weights = _read(str(checkpoint), file)
+    weights = _read(str(loaded.folder), file)
     try:
         method_file = METHODS[config["method"]]
         scale = {"image_size": config["image_size"], "width": loaded.network.num_features}
