@@ -439,7 +439,7 @@ def test_a_file_that_does_not_fit_is_said_to_have_what_it_has(run, place):
         ("ddp", {f"module.{k}": v for k, v in weights.items()}, "pixels: their names begin with module.$"),
         ("head", weights | head, "2 of its weights do not fit .*pixels: there is a head, fc.bias and fc.weight$"),
         ("bare", plain, "pixels: 13 num_batches_tracked of batch norm are not there$"),
-        ("stem", small, "pixels: conv1.weight is 24 x 3 x 7 x 7, want 24 x 3 x 3 x 3$"),
+        ("stem", small, "pixels: conv1.weight is 24 x 3 x 7 x 7, want 64 x 3 x 3 x 3$"),
     ):
         save_file(content, f"{name}.safetensors")
         with pytest.raises(UserError, match=message) as error:
