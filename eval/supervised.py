@@ -50,7 +50,7 @@ def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
         losses.append(loss.detach())
         if step % 50 == 0 or step == steps - 1:
             refuse_diverged(
-                accelerator.gather(torch.stack(losses)), len(train.names), step + 1, ended=step == steps - 1
+                accelerator.gather(torch.stack(losses)), len(train.names), step + 1, bar, ended=step == steps - 1
             )
             losses.clear()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
@@ -62,12 +62,13 @@ def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
 DIVERGED, ABSURD = 1e3, 1e6
 
 
-def refuse_diverged(losses, classes: int, step: int, *, ended: bool) -> None:
+def refuse_diverged(losses, classes: int, step: int, bar, *, ended: bool) -> None:
     """Raise RunError where the losses [N] up to `step` are those of a classifier that does not converge."""
     finite, chance = bool(losses.isfinite().all()), math.log(classes)
     worst = float(losses.mean()) if ended else 0.0
     if finite and worst <= DIVERGED * chance and float(losses.max()) <= ABSURD * chance:
         return
+    bar.close()  # before the message, which has a line of its own
     if not finite and step == 1:  # nothing was learnt yet
         raise RunError("the network's features are NaN or infinite: no classifier can be trained on them")
     said = f"is {float(losses.max()):.3g}, where chance has {chance:.3g}" if finite else "is NaN or infinite"

@@ -500,3 +500,11 @@ def test_features_show_how_many_images_a_second(run, capsys):
     knn(run=str(run))
     said = capsys.readouterr().err
     assert "features: 100%" in said and "1618/1618" in said and "179/179" in said and " images/s" in said
+
+
+def test_the_first_decoding_of_small_images_shows_it_too(place, capsys):
+    table(30).to_parquet(place / "small.parquet")
+    for first in (True, False):
+        data.open_labelled("small.parquet")
+        said = capsys.readouterr().err
+        assert (("decoding: 100%" in said) and ("30/30" in said) and (" images/s" in said)) == first, said
