@@ -16,7 +16,7 @@ def defaults(*, image_size, width, steps, images):
     heads = dict(hidden_dim=2 * width, embedding_dim=256)  # section 3.3; 4096 and 256 for ResNet-50
     # tau_base, section 3.3; in short runs a memory of 1 % of the run, or 10 steps: a younger target teaches more.
     momentum = min(0.996, max(0.9, 1 - 100 / steps))
-    if image_size <= SMALL_STEM:  # ours, measured: README
+    if image_size <= SMALL_STEM:  # ours, measured: docs/study.md
         return dict(optimizer="sgd", lr=0.2, weight_decay=5e-4, warmup_epochs=1.0, momentum=momentum, **heads)
     return dict(
         optimizer="lars",  # section 3.3

@@ -18,10 +18,10 @@ def defaults(*, image_size, width, steps, images):
     small = image_size <= SMALL_STEM
     return dict(
         optimizer="sgd",  # section 3.3
-        lr=0.12 if small else 0.03,  # for each 256 images of a batch: section 3.3; small images: ours, README
+        lr=0.12 if small else 0.03,  # for each 256 images of a batch: section 3.3; small images: ours, docs/study.md
         weight_decay=5e-4 if small else 1e-4,  # section 3.3; small images: ours
         warmup_epochs=1.0 if small else 0.0,
-        temperature=0.2,  # v2, table 1; small images: 0.1 gains in k-NN, hardly in linear (README)
+        temperature=0.2,  # v2, table 1; small images: 0.1 gains in k-NN, hardly in linear (docs/study.md)
         momentum=min(0.999, max(0.9, 1 - 10 / steps)),  # section 3.3; in short runs a memory of a tenth of the run
         # Section 3.3, but no longer than half the images: else keys of the same image would be its negatives.
         queue=max(1, min(4096 if small else 65536, (images or 1 << 30) // 2)),

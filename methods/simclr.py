@@ -12,13 +12,13 @@ from methods.networks import SMALL_STEM, Losses, gather_others, mlp
 
 def defaults(*, image_size, width, steps, images):
     heads = dict(hidden_dim=width, embedding_dim=128)  # section 2.1 and appendix B.6; 2048 and 128 for ResNet-50
-    if image_size <= SMALL_STEM:  # ours, measured: README
+    if image_size <= SMALL_STEM:  # ours, measured: docs/study.md
         return dict(optimizer="sgd", lr=0.12, weight_decay=5e-4, warmup_epochs=1.0, temperature=0.2, **heads)
     return dict(
         optimizer="lars",  # section 2.2
         lr=0.3,  # for each 256 images of a batch: appendix B.1
-        weight_decay=1e-6,  # section 2.2
-        warmup_epochs=10.0,  # section 2.2, then cosine
+        weight_decay=1e-6,  # section 2.3
+        warmup_epochs=10.0,  # section 2.3, then cosine
         temperature=0.1,  # table 5
         **heads,
     )

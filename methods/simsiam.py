@@ -14,7 +14,7 @@ def defaults(*, image_size, width, steps, images):
     small = image_size <= SMALL_STEM
     return dict(
         optimizer="sgd",  # section 3
-        lr=0.4 if small else 0.05,  # for each 256 images of a batch: section 3; small images: ours, README
+        lr=0.4 if small else 0.05,  # for each 256 images of a batch: section 3; small images: ours, docs/study.md
         weight_decay=5e-4 if small else 1e-4,  # section 3; appendix D for small images
         warmup_epochs=1.0 if small else 0.0,  # none published at batch 512
         hidden_dim=width,  # section 3; 2048, 2048 and 512 for ResNet-50
