@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 
 import data
 import flags
-from eval.results import table, write_result
+from eval.results import check_writable, table, write_result
 from eval.settings import Computing, Evaluation
 from eval.weights import Backbone, load_backbone
 from flags import Given, UserError
@@ -46,6 +46,7 @@ def protocol(settings: type[Evaluation]) -> Callable[[Callable[[Task, Any], dict
         def run(s: Evaluation, given: Given) -> dict:
             accelerator, workers = start(s)
             loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
+            check_writable(loaded.folder)
             images = images_of(s, loaded.config)
             opened = {k: v for k, v in images.items() if k != "dataset"}
             opened |= dict(seed=loaded.config.get("seed", s.seed), remembered=not accelerator.is_local_main_process)

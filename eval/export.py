@@ -23,7 +23,7 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from bsim import ViewRecipe
-from eval.results import read_results, table
+from eval.results import read_results, table, weights_of
 from eval.weights import Backbone, load_backbone
 from flags import Given, UserError, command, reading
 from methods.networks import SMALL_STEM
@@ -192,18 +192,26 @@ def card(loaded: Backbone) -> str:
     """A model card in Markdown, from the run's settings and results."""
     config = loaded.config
     method = config.get("method")
-    settings = [[k, config[k]] for k in CARD if config.get(k) is not None]
+    settings = [[k, _exactly(config[k])] for k in CARD if config.get(k) is not None]
+    if loaded.checkpoint is not None:  # the steps until then; how many epochs those are depends on the images
+        step = int(loaded.checkpoint.absolute().name.removeprefix("step_"))
+        settings = [[k, step if k == "steps" else v] for k, v in settings if k != "epochs"]
     settings += [["versions", ", ".join(f"{k} {v}" for k, v in config.get("versions", {}).items())]] * bool(config)
     with reading(f"{loaded.folder / 'results.jsonl'}"):
         results = [
             [line["protocol"], line["dataset"], _measured(line["metrics"]), line["seed"]]
             for line in (read_results(loaded.folder) if config else [])
+            if weights_of(line["settings"].get("run")) == weights_of(loaded.checkpoint or loaded.file)
         ]
     mixed = bool(method) and config.get("sim_weight") != 1
     paper = ", which mixes images ([arXiv 2011.13356](https://arxiv.org/abs/2011.13356))" * mixed
     tags = ["timm", "image-feature-extraction", "self-supervised", *[method] * bool(method), *["bsim"] * mixed]
     front = "\n".join(["---", "library_name: timm", "tags:", *(f"- {tag}" for tag in tags), "---"])
-    how = f"trained without labels by {method.upper()}{'-BSIM' * mixed}{paper}" if method else "with random weights"
+    how = "with random weights" if loaded.file is None else f"with the weights of {loaded.file.name}"
+    if method:
+        how = f"trained without labels by {method.upper()}{'-BSIM' * mixed}{paper}"
+    if loaded.checkpoint is not None:
+        how += f", at step {step}, a checkpoint before its end" * (step < config.get("steps", 0))
     evaluated = table(results, ["protocol", "images", "in per cent", "seed"]) if results else "None was run."
     return f"""{front}
 
@@ -226,6 +234,11 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net
 
 {evaluated}
 """
+
+
+def _exactly(value):
+    """0.50, but 1e-06: what two digits would change is written as it is."""
+    return str(value) if isinstance(value, float) and float(f"{value:.2f}") != value else value
 
 
 def _measured(metrics):

@@ -31,6 +31,7 @@ from sklearn.svm import LinearSVC
 from eval.command import finish, start
 from eval.features import features
 from eval.hub_boxes import MARKS
+from eval.results import check_writable
 from eval.voc import is_marked, read_annotation
 from eval.weights import load_backbone
 from flags import Given, UserError, command, reading
@@ -308,6 +309,7 @@ def low_shot(train, truth, test, asked, shots: int, seed: int) -> dict:
 def voc07(s: VOC07, given: Given) -> dict:
     accelerator, workers = start(s)
     loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
+    check_writable(loaded.folder)
     train, test = read_sets(s.data)
     names, truth, asked = truths(train, test, s.folds)
     for name in only_difficult(test):

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from bsim import ViewRecipe, random_crop_box
-from flags import UserError
+from flags import UserError, progress
 from loading import files
 
 SMALL = 64  # images whose longer side is at most this are decoded once, and cached
@@ -135,7 +135,8 @@ class SmallImages:
         kept = {k: v for k, v in rows.features.items() if k == "label"}
         features = Features(pixels=Value("binary"), row=Value("int64"), **kept)
         self.shape = shape
-        self.table = rows.map(
+        self.table = _map_with_bar(
+            rows,
             _decode_batch,
             batched=True,
             with_indices=True,
@@ -143,7 +144,6 @@ class SmallImages:
             features=features,
             fn_kwargs=dict(split=split, shape=shape, skip_bad=skip_bad, decoder=DECODER),
             cache_file_name=_cached(rows, split, shape, skip_bad),
-            desc="decoding",
         ).with_format("arrow")
         kept = set(self.table["row"].to_pylist()) if len(self.table) < len(rows) else range(len(rows))
         self.bad = {row_name(i, split, rows[i]["image"]) for i in range(len(rows)) if i not in kept}
@@ -163,6 +163,23 @@ class SmallImages:
     def pair(self, rows, recipes, generator):
         images, _ = self.whole(rows, None)
         return images, images, []
+
+
+_bar = None  # of the decoding that is under way
+
+
+def _map_with_bar(rows, function, **options):
+    """rows.map(function, **options) with a bar in images a second; none where its result is cached already."""
+    global _bar
+    shown, quiet = not Path(options["cache_file_name"]).exists(), datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # that of `datasets`, which counts examples
+    try:
+        with progress(len(rows), shown=shown, unit=" images", named="decoding") as _bar:
+            return rows.map(function, **options)
+    finally:
+        _bar = None
+        if not quiet:
+            datasets.enable_progress_bars()
 
 
 def _cached(rows, split, shape, skip_bad):
@@ -191,6 +208,8 @@ def _decode_batch(batch, indices, split, shape, skip_bad, decoder):
         kept["row"].append(row)
         if "label" in kept:
             kept["label"].append(batch["label"][i])
+    if _bar is not None:
+        _bar.update(len(indices))
     return kept
 
 

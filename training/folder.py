@@ -1,6 +1,7 @@
 """The run folder: its name, its files, its checkpoints. Whatever is written is complete or absent."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -95,9 +96,12 @@ def config_of(folder: Path, flag: str = "--resume") -> dict:
     if not (folder / "config.json").exists():
         raise UserError(f"{flag} {folder}: no run there (it has no config.json)")
     try:
-        return json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise UserError(f"{flag} {folder}: its config.json is damaged ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{flag} {folder}: its config.json is damaged (want an object of settings)")
+    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,8 +109,28 @@ def config_of(folder: Path, flag: str = "--resume") -> dict:
 
 
 def append_metrics(folder: Path, line: dict) -> None:
+    text = json_line(line, folder / "metrics.jsonl")
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(text)
+
+
+def json_line(line: dict, path: Path) -> str:
+    """`line` as a line for the file at `path`. Raises RunError, with its name, for a number that JSON has not."""
+    wrong = _not_finite(line)
+    if wrong:
+        raise RunError(f"{wrong} is NaN or infinite, which is no figure; nothing was added to {path}")
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+def _not_finite(value, name: str = "") -> str:
+    """The name of the first number in `value` that is not finite, as in "metrics top1"; empty where there is none."""
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, (list, tuple)):
+        inner = enumerate(value)
+    else:
+        return name if isinstance(value, float) and not math.isfinite(value) else ""
+    return next(filter(None, (_not_finite(v, f"{name} {k}".strip()) for k, v in inner)), "")
 
 
 def read_metrics(folder: Path) -> list[dict]:
