@@ -47,7 +47,7 @@ def load_backbone(run: str, *, architecture: str | None = None, image_size: int 
     elif path.is_dir():
         file, folder = path / "backbone.safetensors", path
     config = run_folder.config_of(folder, "--run") if path.is_dir() or (folder / "config.json").exists() else {}
-    config = config if "method" in config else {}  # else it is not of pretraining, such as the config.json of the Hub
+    config = config if "backbone" in config else {}  # else it is of something else, such as the config.json of the Hub
     if not file.exists():
         last = run_folder.last_checkpoint(path)
         usable = f"evaluate its last checkpoint: --run {last}" if last else "it has no checkpoint yet"
