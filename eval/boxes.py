@@ -60,7 +60,8 @@ def open_scenes(task: str, data: str) -> tuple[Scenes, Scenes, str | None]:
         if not any(not annotation["iscrowd"] for annotation in truth["annotations"]):
             raise UserError(f"--data {data}: no object in the images {where}")
     _same_categories(data, *(truth for _, truth in found))
-    return *(Scenes(*part) for part in found), note
+    train, test = (Scenes(*part) for part in found)
+    return train, test, note
 
 
 def _check(truth, data):

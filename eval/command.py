@@ -97,6 +97,10 @@ def finish(accelerator: Accelerator, folder: Path, name: str, settings: dict, me
     if accelerator.is_main_process:
         shown = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         wide = len(shown) > 5
-        print(table(list(shown.items()), [name, ""]) if wide else table([[name, *shown.values()]], ["", *shown]))
+        print(
+            table([[*item] for item in shown.items()], [name, ""])
+            if wide
+            else table([[name, *shown.values()]], ["", *shown])
+        )
         write_result(folder, name, settings["dataset"], settings, metrics)
         print(f"added to {folder / 'results.jsonl'}")

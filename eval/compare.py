@@ -100,7 +100,7 @@ def row_of(run: dict, by: list[str]) -> tuple:
 
 def values_of(found: list[dict], by: list[str]) -> dict:
     """{row: {metric: {seed: value}}}."""
-    values = {}
+    values: dict[tuple, dict] = {}
     for run in found:
         row = values.setdefault(row_of(run, by), {})
         for name, (_, metrics) in run["results"].items():
@@ -238,7 +238,7 @@ def _means(values, by, metrics) -> str:
 
 def _differences(differences, by, metrics) -> str:
     """Each minus SIM with the same seeds: mean, and its 95 % interval."""
-    rows = {}
+    rows: dict[tuple, dict] = {}
     for found in differences:
         interval = f"({found['low']:+.2f} to {found['high']:+.2f})" if found["low"] is not None else "(one seed)"
         rows.setdefault(tuple(found["row"].values()), {})[found["metric"]] = f"{found['difference']:+.2f} {interval}"

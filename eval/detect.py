@@ -97,7 +97,8 @@ def detect(asked: Detection, given: Given) -> dict:
     optimizer = _optimizer(bare, s)
     made_by = {"protocol": "detect", "task": s.task, "backbone": loaded.name, "classes": len(classes)}
     made_by["format"] = run_folder.FORMAT
-    first, window, scaler = 0, {}, None
+    first, scaler = 0, None
+    window: dict[str, list] = {}
     if resumes and run_folder.last_checkpoint(folder):
         optimizer_state, state = run_folder.load_checkpoint(folder, bare, made_by)
         optimizer.load_state_dict(optimizer_state)
@@ -309,7 +310,8 @@ def predict(accelerator, model, scenes: Scenes, classes: list[int], workers: int
     model.eval()
     mine = range(accelerator.process_index, len(scenes.images), accelerator.num_processes)
     pictures = made(partial(picture, scenes), mine, workers)
-    everything, bar = [], progress(len(mine), shown=accelerator.is_main_process, unit="image")
+    everything: list[dict] = []
+    bar = progress(len(mine), shown=accelerator.is_main_process, unit="image")
     for row, image in zip(mine, pictures):
         bar.update()
         with accelerator.autocast():
@@ -317,12 +319,12 @@ def predict(accelerator, model, scenes: Scenes, classes: list[int], workers: int
         boxes = found["boxes"].float().cpu()
         boxes[:, 2:] -= boxes[:, :2]
         whole = {"image_id": scenes.truth["images"][row]["id"]}
-        listed = zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist())
-        listed = [{**whole, "bbox": b, "category_id": classes[label - 1], "score": score} for b, label, score in listed]
+        each = zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist())
+        listed = [{**whole, "bbox": b, "category_id": classes[label - 1], "score": score} for b, label, score in each]
         if "masks" in found and listed:
             shapes = (found["masks"][:, 0] > 0.5).permute(1, 2, 0).to(torch.uint8).cpu().numpy()
-            for each, shape in zip(listed, run_lengths.encode(np.asfortranarray(shapes))):
-                each["segmentation"] = shape
+            for item, shape in zip(listed, run_lengths.encode(np.asfortranarray(shapes))):
+                item["segmentation"] = shape
         everything += listed
     bar.close()
     return gather_object(everything)

@@ -14,6 +14,7 @@ import re
 import shutil
 from pathlib import Path
 from pickle import dumps
+from typing import Any
 
 import timm
 import torch
@@ -67,7 +68,7 @@ def refuse_small(loaded, library):
 
 def timm_arguments(name: str, image_size: int) -> dict:
     """What timm.create_model was given for this network: transformers must know the size, others take none."""
-    sized = dict(num_classes=0, img_size=image_size)
+    sized: dict[str, Any] = dict(num_classes=0, img_size=image_size)
     try:
         timm.create_model(name, **sized)
     except TypeError:
@@ -93,7 +94,7 @@ def torchvision_model(loaded: Backbone, library: str = "torchvision"):
     if wrong or len(heads) != 1:
         raise UserError(f"--run: {library}'s {loaded.name} has other layers, or names them otherwise; {possible}")
     network.load_state_dict(weights, strict=False)
-    setattr(network, *heads, nn.Identity())
+    setattr(network, heads.pop(), nn.Identity())
     images = torch.randn(2, 3, loaded.image_size, loaded.image_size, generator=torch.Generator().manual_seed(0))
     ours, theirs = loaded.network.eval()(images), network.eval()(images)
     if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * float(ours.abs().max())):
@@ -155,7 +156,7 @@ def for_detectron2(loaded: Backbone, target: Path):
         "WEIGHTS": target.absolute(),
         "PIXEL_MEAN": '"[123.675, 116.280, 103.530]"',
         "PIXEL_STD": '"[58.395, 57.120, 57.375]"',
-        "RESNETS.DEPTH": re.search(r"\d+", loaded.name)[0],
+        "RESNETS.DEPTH": re.findall(r"\d+", loaded.name)[0],
         "RESNETS.NUM_GROUPS": network.groups,
         "RESNETS.WIDTH_PER_GROUP": network.base_width,
         "RESNETS.RES2_OUT_CHANNELS": weights["layer1.0.conv1.weight"].shape[1] * network.layer1[0].expansion,

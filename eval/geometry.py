@@ -168,7 +168,8 @@ def geometry(task: Task, s: Geometry) -> dict:
     part = task.test
     order = torch.randperm(len(part.rows), generator=generator(task.seed, SPLIT))[: s.images]
     rows = part.rows[order.sort().values]
-    metrics, clouds = None, []
+    metrics: dict = {}
+    clouds: list[Cloud] = []
     for run, (loaded, networks) in runs.items():
         found, x, good = measure(task, loaded, networks, rows)
         metrics = metrics or found

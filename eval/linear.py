@@ -64,7 +64,7 @@ def choose_strength(features, labels, seed: int):
     for strength in STRENGTHS:
         model = fit_logistic(features[~held], labels[~held], strength)
         accuracy[float(strength)] = 100 * float((model.predict(features[held]) == labels[held]).mean())
-    return max(accuracy, key=accuracy.get), accuracy
+    return max(accuracy, key=lambda strength: accuracy[strength]), accuracy
 
 
 def from_features(task) -> dict:

@@ -44,7 +44,8 @@ def listed_part(train, path: str, say=print) -> torch.Tensor:
     if not train.images.in_workers:
         raise UserError(f"--files {path}: small images are cached without their names; use --percent")
     paths = pc.struct_field(train.images.table.with_format("arrow")[:]["image"], "path").to_pylist()
-    parts, named = [_parts(path or "") for path in paths], {}
+    parts = [_parts(path or "") for path in paths]
+    named: dict[tuple, list[int]] = {}
     for row, of in enumerate(parts):
         named.setdefault(of[-1:], []).append(row)
     place = {row: i for i, row in enumerate(train.rows.tolist())}
@@ -111,13 +112,14 @@ def semi(task: Task, s: Semi) -> dict:
     task.chosen.update(epochs=epochs, batch_size=batch_size, images=len(kept))
     each = torch.bincount(train.labels[kept], minlength=len(train.names))
     task.say(f"{len(kept)} labels, {int(each.min())} to {int(each.max())} of each class")
-    model = nn.Sequential(network, nn.Linear(network.num_features, len(train.names))).train()
-    nn.init.zeros_(model[1].weight)
-    nn.init.zeros_(model[1].bias)
+    classifier = nn.Linear(network.num_features, len(train.names))
+    nn.init.zeros_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    model = nn.Sequential(network, classifier).train()
     if world > 1 and task.accelerator.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    rule = dict(momentum=0.9, nesterov=True, weight_decay=s.weight_decay)
-    descent = torch.optim.SGD(model.parameters(), lr=s.lr * batch_size / 256, **rule)
+    rate = s.lr * batch_size / 256
+    descent = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=s.weight_decay)
     fit(task, model, train.rows[kept], descent, epochs=epochs, batch_size=batch_size)
     average_statistics(model)
     return topk_accuracy(*labelled_features(task, task.test, model.eval()))

@@ -213,7 +213,7 @@ def unit_features(accelerator, loaded, part: ImageSet, workers: int):
     )
     bad = (good < 0).nonzero().flatten().tolist()
     if bad:
-        record, reason = part.images.table[bad[0]]["image"], "this time it could"
+        record, reason = part.images.table[bad[0]]["image"], ValueError("this time it could")
         try:
             decode(record)
         except ValueError as error:

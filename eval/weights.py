@@ -3,7 +3,7 @@
 import copy
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +18,7 @@ from training.resolve import LOOP
 
 
 class Backbone(NamedTuple):
-    network: nn.Module  # images [N, 3, image_size, image_size] to features [N, network.num_features]
+    network: Any  # an nn.Module with timm's attributes: images [N, 3, image_size, image_size] to features [N, network.num_features]
     name: str
     image_size: int
     folder: Path  # where its results go
@@ -53,16 +53,16 @@ def load_backbone(run: str, *, architecture: str | None = None, image_size: int 
         usable = f"evaluate its last checkpoint: --run {last}" if last else "it has no checkpoint yet"
         raise UserError(f"--run {run}: is not finished; {usable}")
     weights = {k.removeprefix(prefix): v for k, v in _read(run, file).items() if k.startswith(prefix)}
-    name, size = architecture or config.get("backbone"), image_size or config.get("image_size")
-    if name is None or size is None:
+    name, side = architecture or config.get("backbone"), image_size or config.get("image_size")
+    if name is None or side is None:
         raise UserError(f"--run {run}: has no run's config.json beside it; say --backbone NAME and --image_size PIXELS")
     one_of("backbone", name, backbone_names())
-    network = backbone(name, size)
+    network = backbone(name, side)
     unfit = _unfit(weights, network.state_dict())
     if unfit:
-        raise UserError(f"--run {run}: {unfit[0]} of its weights do not fit {name} at {size} pixels{unfit[1]}")
+        raise UserError(f"--run {run}: {unfit[0]} of its weights do not fit {name} at {side} pixels{unfit[1]}")
     network.load_state_dict(weights)
-    return Backbone(network, name, size, folder, config, file, checkpoint)
+    return Backbone(network, name, side, folder, config, file, checkpoint)
 
 
 def _read(run: str, file: Path) -> dict[str, torch.Tensor]:
@@ -136,13 +136,15 @@ def _prefixes(weights: dict, wanted: dict) -> list[str]:
     return [""] if found[""] == most else sorted(k for k, count in found.items() if count == most)
 
 
-def load_method(loaded: Backbone) -> nn.Module:
+def load_method(loaded: Backbone) -> Any:
     """The whole method, projector included, of the checkpoint that was loaded, else of the run's last one.
 
     Its backbone is that checkpoint's too, and a copy: `loaded.network` stays as it is. Raises UserError where the
     checkpoint is damaged.
     """
     config, checkpoint = loaded.config, loaded.checkpoint or run_folder.last_checkpoint(loaded.folder)
+    if checkpoint is None:
+        raise UserError(f"--run {loaded.folder}: has no checkpoint, which the projector would be in")
     file = checkpoint / "method.safetensors"
     weights = _read(str(loaded.folder), file)
     try:
