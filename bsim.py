@@ -554,9 +554,9 @@ def random_crop_box(n, height, width, scale, ratio, *, generator) -> Tensor:
         central = [min(height, round(width / ratio[0])), width]
     elif own > ratio[1]:
         central = [height, min(width, round(height * ratio[1]))]
-    central = torch.tensor(central, device=device).expand(n, 2)
+    fallback = torch.tensor(central, device=device).expand(n, 2)
     none_fits = ~fits.any(1, keepdim=True)
-    sides = torch.where(none_fits, central, sides[torch.arange(n, device=device), first])
+    sides = torch.where(none_fits, fallback, sides[torch.arange(n, device=device), first])
     room = limits - sides
     corner = torch.where(none_fits, room // 2, ((room + 1) * uniform(0, 1, 2)).long().minimum(room))
     return torch.cat([corner, sides], 1)

@@ -51,12 +51,15 @@ def reading(what: str) -> Iterator[None]:
         raise UserError(f"{what}: cannot be read ({first_line(error)})") from error
 
 
-def progress(total: int, *, start: int = 0, shown: bool = True, unit: str = "step"):
-    """A progress bar. One that goes to a file gets a line every half minute, not ten a second."""
+def progress(
+    total: int, *, start: int = 0, shown: bool = True, unit: str = "step", named: str | None = None, delay: float = 0
+):
+    """A progress bar, shown after `delay` seconds. One that goes to a file gets a line every half minute."""
     from tqdm.auto import tqdm
 
     often = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(total=total, initial=start, disable=not shown, unit=unit, mininterval=often)
+    about = dict(total=total, initial=start, disable=not shown, unit=unit, mininterval=often)
+    return tqdm(**about, desc=named, delay=delay)
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

@@ -159,7 +159,7 @@ def distribute(t: Training) -> None:
 
 
 def evaluate(t: Training, features: Any) -> float:
-    return knn_accuracy(t.accelerator, t.source, features, image_size=t.s.image_size, workers=t.s.workers)
+    return knn_accuracy(t.accelerator, t.source, features, image_size=t.s.image_size, workers=t.s.workers, delay=5)
 
 
 def before_training(t: Training) -> None:
@@ -233,7 +233,7 @@ def loop(t: Training, peers: Peers) -> bool:
     assert folder is not None
     bar = progress(s.steps, start=t.start, shown=t.accelerator.is_main_process)
     clock = Clock(t.start)
-    with guards.asked_to_stop() as asked, guards.leaves_nothing(folder, t.start), peers:
+    with bar, guards.asked_to_stop() as asked, guards.leaves_nothing(folder, t.start), peers:
         stop_asked = agreement(asked)
         for step in range(t.start, s.steps):
             losses = train_step(t, step)

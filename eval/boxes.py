@@ -1,29 +1,25 @@
 """Images with boxes: VOC's folders, COCO's folders, datasets of the Hub; masks, and average precision."""
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
-import datasets
 import numpy as np
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
-from faster_coco_eval.core import mask as run_lengths
 
-from flags import UserError, first_line, reading
-from loading import sources
+from eval import hub_boxes
+from eval.coco import mask_of, present, read_split
+from eval.voc import read_annotation
+from flags import UserError, reading
 from loading.batches import CROP, epoch_order, generator
-from loading.images import decode
 
 VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
     "sofa train tvmonitor"
 ).split()
 SLACK = 1  # pixels by which a box may leave its image: what tools round
-FLAWED = {200365, 550395}  # COCO 2017's own two training images that have a box of no area
 METRICS = ("AP", "AP50", "AP75")
 
 
@@ -42,29 +38,30 @@ class Scenes(NamedTuple):
 
 
 def open_scenes(task: str, data: str) -> tuple[Scenes, Scenes, str | None]:
-    """(scenes to train on, scenes to be judged by, what there is to be said of them).
+    """(scenes to train on, scenes to evaluate on, what there is to be said of them).
 
     task voc: `data` is a VOCdevkit folder, or a dataset of the Hub or of parquet files with the columns image and
     objects; task coco: a COCO folder. Categories are numbered alike in both. Raises UserError where a file is missing
     or cannot be read, where a box is outside its image or has no area, where a category is not listed or only in the
-    scenes to be judged by.
+    scenes to evaluate on.
     """
     path, note = Path(data).expanduser(), None
     if not data:
         raise UserError("--data: want a VOCdevkit folder, a COCO folder, or a dataset with boxes of the Hub")
     if task == "coco":
-        found = [_coco(path, split) for split in ("train2017", "val2017")]
+        found = [read_split(path, split) for split in ("train2017", "val2017")]
     elif path.is_dir() and not [*path.glob("*.parquet"), *path.glob("*/*.parquet")]:
         *found, note = _voc(path)
     else:
         found = _hub(data)
-    for (_, truth), where in zip(found, ("to train on", "to be judged by")):
+    for (_, truth), where in zip(found, ("to train on", "to evaluate on")):
         with reading(f"--data {data}: its annotations"):
             _check(truth, data)
         if not any(not annotation["iscrowd"] for annotation in truth["annotations"]):
             raise UserError(f"--data {data}: no object in the images {where}")
     _same_categories(data, *(truth for _, truth in found))
-    return *(Scenes(*part) for part in found), note
+    train, test = (Scenes(*part) for part in found)
+    return train, test, note
 
 
 def _check(truth, data):
@@ -82,6 +79,11 @@ def _check(truth, data):
         x, y, width, height = annotation["bbox"]
         if not (width > 0 and height > 0):
             raise UserError(f"{said}, has a box of no area: x {x:g}, y {y:g}, width {width:g}, height {height:g}")
+        if x + width <= 1 and y + height <= 1 and (width < 1 or height < 1):
+            raise UserError(
+                f"{said}, has a box in shares of the image: x {x:g}, y {y:g}, width {width:g}, height {height:g}; "
+                "want pixels"
+            )
         right, bottom = image["width"] + SLACK, image["height"] + SLACK
         if not (min(x, y) >= -SLACK and x + width <= right and y + height <= bottom):  # nor is one of NaN inside
             raise UserError(
@@ -92,72 +94,67 @@ def _check(truth, data):
 
 def _same_categories(data, train, test):
     names, asked = ({c["id"]: c["name"] for c in truth["categories"]} for truth in (train, test))
-    learnt, judged = ({a["category_id"] for a in truth["annotations"]} for truth in (train, test))
+    learnt, judged = ({a["category_id"] for a in truth["annotations"] if not a["iscrowd"]} for truth in (train, test))
     for number in sorted(judged):
         if number not in learnt or names[number] != asked[number]:
-            raise UserError(f"--data {data}: class {asked[number]} is only in the images to be judged by")
-
-
-def _present(path, data):
-    if not path.exists():
-        raise UserError(f"--data {data}: no {path}")
-    return path
+            raise UserError(f"--data {data}: class {asked[number]} is only in the images to evaluate on")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# VOC: a file an image, boxes counted from 1 with their last pixel.
+# Three sources, one form: what COCO's files hold.
 
 
 def _voc(root):
-    """VOC07+12: trained on trainval of both years where both are there, judged by 2007's test set."""
+    """VOC07+12: trained on trainval of both years where both are there, evaluated on 2007's test set."""
     years = ["2007"] + ["2012"] * (root / "VOC2012").exists()
-    parts = [_voc_objects(root, year, "trainval") for year in years], [_voc_objects(root, "2007", "test")]
-    found = {name for part in parts for entries in part for _, objects in entries for name, *_ in objects}
+    parts = [_voc_images(root, year, "trainval") for year in years], [_voc_images(root, "2007", "test")]
+    found = {thing.name for part in parts for entries in part for _, read in entries for thing in read.things}
     names = VOC_CLASSES if found <= set(VOC_CLASSES) else sorted(found)
     note = None if "2012" in years else f"note: no {root / 'VOC2012'}; trained on VOC2007's trainval alone"
     return *(_voc_scenes([entry for entries in part for entry in entries], names) for part in parts), note
 
 
-def _voc_objects(root, year, split):
-    """(image, objects) for each image of a split; an object is (name, box, difficult)."""
+def _voc_images(root, year, split):
+    """(image file, annotation) for each image of a split."""
     folder = root / f"VOC{year}"
-    listed = _present(folder / "ImageSets" / "Main" / f"{split}.txt", root).read_text().split()
-    here = {path.name for path in _present(folder / "JPEGImages", root).iterdir()}
+    listed = present(folder / "ImageSets" / "Main" / f"{split}.txt", root).read_text().split()
+    here = {path.name for path in present(folder / "JPEGImages", root).iterdir()}
     found = []
     for name in listed:
         if f"{name}.jpg" not in here:
             raise UserError(f"--data {root}: no {folder / 'JPEGImages' / name}.jpg, which {split}.txt lists")
-        file = _present(folder / "Annotations" / f"{name}.xml", root)
-        with reading(f"--data {root}: {file}"):
-            tree = ElementTree.parse(file)
-            size = {side: int(_text(tree, f"size/{side}")) for side in ("width", "height")}
-            objects = []
-            for found_here in tree.iterfind("object"):
-                x1, y1, x2, y2 = (float(_text(found_here, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
-                box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
-                objects.append((_text(found_here, "name"), box, int(found_here.findtext("difficult") or 0)))
-        found.append(({"file_name": str(folder / "JPEGImages" / f"{name}.jpg"), **size}, objects))
-    return found
-
-
-def _text(node, key):
-    found = node.findtext(key)
-    if found is None:
-        raise ValueError(f"no <{key}>")
+        file = present(folder / "Annotations" / f"{name}.xml", root)
+        found.append((str(folder / "JPEGImages" / f"{name}.jpg"), read_annotation(file, root)))
     return found
 
 
 def _voc_scenes(entries, names):
-    truth = _truth([image for image, _ in entries], names)
-    for image, (_, objects) in zip(truth["images"], entries):
-        for name, box, difficult in objects:
+    truth = _truth([{"file_name": file, "width": read.width, "height": read.height} for file, read in entries], names)
+    for image, (_, read) in zip(truth["images"], entries):
+        for name, box, difficult in read.things:
             # Difficult objects are neither learnt nor counted: to the evaluator, crowds, the only thing it leaves out.
-            _add(truth, image, names.index(name) + 1, box, difficult)
+            _add(truth, image, names.index(name) + 1, box, int(difficult))
     return [{"bytes": None, "path": image["file_name"]} for image in truth["images"]], truth
 
 
+def _hub(data):
+    return [_hub_scenes(*part) for part in hub_boxes.read_splits(data)]
+
+
+def _hub_scenes(split, rows, table, names):
+    images, sizes = hub_boxes.sizes_of(rows, split)
+    listed = [{"file_name": f"row {row} of {split}", "width": w, "height": h} for row, (w, h) in enumerate(sizes)]
+    truth, number = _truth(listed, names), {name: n for n, name in enumerate(names, 1)}
+    for image, things in zip(truth["images"], table):
+        for box, label, marked in zip(things["boxes"], things["names"], things["marked"]):
+            if label not in number:
+                raise UserError(f"{image['file_name']}, has the unknown category {label}")
+            _add(truth, image, number[label], box, int(marked))
+    return images, truth
+
+
 def _truth(images, names):
-    """What COCO's files hold, without annotations yet; images and categories are numbered from 1."""
+    """Without annotations yet; images and categories are numbered from 1."""
     images = [{"id": number, **image} for number, image in enumerate(images, 1)]
     categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
     return {"images": images, "annotations": [], "categories": categories}
@@ -169,141 +166,19 @@ def _add(truth, image, category, box, crowd=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# COCO: a file a split.
-
-
-def _coco(root, split):
-    file = _present(root / "annotations" / f"instances_{split}.json", root)
-    folder = _present(root / split, root)
-    with reading(f"--data {root}: {file}"):
-        truth = json.loads(file.read_bytes())
-        truth = {key: truth[key] for key in ("images", "annotations", "categories")}
-        here = {path.name for path in folder.iterdir()}
-        for image in truth["images"]:
-            if image["file_name"] not in here:
-                raise UserError(f"--data {root}: no {folder / image['file_name']}, which {file.name} lists")
-        kept = []
-        for annotation in truth["annotations"]:
-            if annotation["image_id"] in FLAWED and not min(annotation["bbox"][2:]):
-                continue
-            if not annotation.get("segmentation"):
-                raise UserError(
-                    f"--data {root}: annotation {annotation['id']}, of image {annotation['image_id']}, has no mask"
-                )
-            _, _, width, height = annotation["bbox"]
-            kept.append({"area": width * height, "iscrowd": 0, **annotation})
-        truth["annotations"] = kept
-        images = [{"bytes": None, "path": str(folder / image["file_name"])} for image in truth["images"]]
-    return images, truth
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Datasets of the Hub: the columns image and objects, boxes as COCO has them.
-
-
-def _hub(data):
-    with reading(f"--data {data}: no such folder here, and as a dataset"):
-        splits = sources.splits_of(data)
-    test = next((split for split in ("validation", "valid", "val", "test") if split in splits), None)
-    if test is None or "train" not in splits:
-        raise UserError(f"--data {data}: want the splits train, and validation or test; it has {', '.join(splits)}")
-    parts = [(split, splits[split]) for split in ("train", test)]
-    for split, rows in parts:
-        if not {"image", "objects"} <= set(rows.column_names):
-            raise UserError(
-                f"--data {data}, {split}: want the columns image and objects; it has {', '.join(rows.column_names)}"
-            )
-    with reading(f"--data {data}: its objects"):
-        tables = [_hub_objects(rows) for _, rows in parts]
-        names = _class_names(parts[0][1]) or sorted({str(label) for _, labels in tables[0] for label in labels})
-        listed = _class_names(parts[1][1])
-        if listed and listed != names:
-            raise UserError(f"--data {data}, {test}: has other classes than train")
-        return [_hub_scenes(rows, split, table, names) for (split, rows), table in zip(parts, tables)]
-
-
-def _class_key(columns):
-    for key in ("category", "categories", "label"):
-        if key in columns:
-            return key
-    raise ValueError(f"no category among {', '.join(columns)}")
-
-
-def _class_names(rows):
-    """The names of a ClassLabel; None where classes are plain numbers or words."""
-    feature = rows.features["objects"]
-    feature = getattr(feature, "feature", feature)  # of a list of dicts, the dict
-    kind = feature[_class_key(feature)]
-    kind = getattr(kind, "feature", kind)
-    return kind.names if isinstance(kind, datasets.ClassLabel) else None
-
-
-def _hub_objects(rows):
-    """(boxes, classes) of each row, from a dict of lists or a list of dicts."""
-    found = []
-    for objects in rows["objects"]:
-        if isinstance(objects, list):
-            objects = {key: [each[key] for each in objects] for key in objects[0]} if objects else {}
-        found.append((objects["bbox"], objects[_class_key(objects)]) if objects else ([], []))
-    return found
-
-
-def _hub_scenes(rows, split, table, names):
-    images = rows.cast_column("image", datasets.Image(decode=False))["image"]
-    if {"width", "height"} <= set(rows.column_names):
-        sizes = list(zip(rows["width"], rows["height"]))
-    else:
-        sizes = [_decoded(image, f"row {row} of {split}").size for row, image in enumerate(images)]
-    listed = [{"file_name": f"row {row} of {split}", "width": w, "height": h} for row, (w, h) in enumerate(sizes)]
-    truth, numbered = _truth(listed, names), bool(_class_names(rows))
-    for image, (boxes, labels) in zip(truth["images"], table):
-        for box, label in zip(boxes, labels, strict=True):
-            number = label if numbered else names.index(str(label)) if str(label) in names else None
-            if number is None or not 0 <= number < len(names):
-                raise UserError(f"{image['file_name']}, has the unknown category {label}")
-            _add(truth, image, number + 1, box)
-    return images, truth
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# An image, a mask, the average precision.
-
-
-def _decoded(record, name):
-    try:
-        return decode(record)
-    except ValueError as error:
-        raise UserError(f"{name}: is not an image that can be read ({error})") from None
+# An image, the average precision.
 
 
 def picture(scenes: Scenes, row: int):
     """The image as uint8 [H, W, 3]. Raises UserError where it cannot be read, or has not the size that is written."""
     listed = scenes.truth["images"][row]
-    image = _decoded(scenes.images[row], listed["file_name"])
+    image = hub_boxes.decoded(scenes.images[row], listed["file_name"])
     if image.size != (listed["width"], listed["height"]):
         raise UserError(
             f"{listed['file_name']}: has {image.width} x {image.height} pixels, "
             f"and its annotation says {listed['width']} x {listed['height']}"
         )
     return np.array(image)
-
-
-def mask_of(annotation: dict, height: int, width: int):
-    """uint8 [height, width], 1 in the object, of polygons or of run lengths, plain or compressed."""
-    shape = annotation["segmentation"]
-    try:
-        if isinstance(shape, list):
-            shape = run_lengths.merge(run_lengths.frPyObjects(shape, height, width))
-        elif isinstance(shape["counts"], list):
-            shape = run_lengths.frPyObjects(shape, height, width)
-        found = run_lengths.decode(shape)
-        if found.shape != (height, width):
-            raise ValueError(f"is of {found.shape[1]} x {found.shape[0]} pixels")
-        return found
-    except Exception as error:  # the library raises what its bindings raise
-        raise UserError(
-            f"annotation {annotation['id']}: its segmentation cannot be read ({first_line(error)})"
-        ) from None
 
 
 def average_precision(truth: dict, found: list[dict], kind: str = "bbox") -> dict:
@@ -359,7 +234,8 @@ class Batches:
         boxes[:, 2:] += boxes[:, :2]
         target = {"labels": np.array([self.label[each["category_id"]] for each in objects])}
         if self.masks:
-            target["masks"] = np.stack([mask_of(each, height, width) for each in objects])
+            file = self.scenes.truth["images"][row]["file_name"]
+            target["masks"] = np.stack([mask_of(each, height, width, file) for each in objects])
         if torch.rand(1, generator=draws) < 0.5:
             image = image[:, ::-1].copy()
             boxes[:, [0, 2]] = width - boxes[:, [2, 0]]

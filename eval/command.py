@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 
 import data
 import flags
-from eval.results import table, write_result
+from eval.results import check_writable, table, write_result
 from eval.settings import Computing, Evaluation
 from eval.weights import Backbone, load_backbone
 from flags import Given, UserError
@@ -46,6 +46,7 @@ def protocol(settings: type[Evaluation]) -> Callable[[Callable[[Task, Any], dict
         def run(s: Evaluation, given: Given) -> dict:
             accelerator, workers = start(s)
             loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
+            check_writable(loaded.folder)
             images = images_of(s, loaded.config)
             opened = {k: v for k, v in images.items() if k != "dataset"} | {"own": images.pop("own")}
             opened["way"] = way = data.way_of(loaded.config, opened.pop("own"), s.pixel_range)
@@ -102,6 +103,10 @@ def finish(accelerator: Accelerator, folder: Path, name: str, settings: dict, me
     if accelerator.is_main_process:
         shown = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         wide = len(shown) > 5
-        print(table(list(shown.items()), [name, ""]) if wide else table([[name, *shown.values()]], ["", *shown]))
+        print(
+            table([[*item] for item in shown.items()], [name, ""])
+            if wide
+            else table([[name, *shown.values()]], ["", *shown])
+        )
         write_result(folder, name, settings["dataset"], settings, metrics)
         print(f"added to {folder / 'results.jsonl'}")

@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before what is slow to import
     answer(Compare, "eval.compare")
 
 import glob
+import math
 from itertools import combinations
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from eval.results import read_results, table
+from eval.results import read_results, table, weights_of
 from flags import Given, UserError, command
 from training.folder import config_of, write, write_json
 from training.pictures import colour_of, marks
@@ -42,9 +43,21 @@ def results_of(folder: Path) -> dict:
     """{label: (settings, metrics)} of the finished run in `folder`: of each, its last line."""
     found = {}
     for line in read_results(folder):
-        if not Path(str(line["settings"].get("run"))).name.startswith("step_"):  # a checkpoint on the way
-            settings = {k: v for k, v in line["settings"].items() if k not in (*BESIDES, *CHOSEN)}
-            found[label(line)] = settings, {k: v for k, v in line["metrics"].items() if isinstance(v, (int, float))}
+        settings, metrics = line.get("settings"), line.get("metrics")
+        if not (isinstance(settings, dict) and isinstance(metrics, dict) and isinstance(line.get("protocol"), str)):
+            raise UserError(
+                f"--runs {folder}: a line of its results.jsonl has no protocol, settings or metrics "
+                f"({str(line)[:60]}); delete it"
+            )
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+        wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
+        if wrong:
+            raise UserError(
+                f"--runs {folder}: {line['protocol']} {wrong[0]} is {numbers[wrong[0]]} in its results.jsonl; delete "
+                "the line and evaluate again"
+            )
+        if not weights_of(settings.get("run")):  # else a checkpoint on the way, or another file
+            found[label(line)] = {k: v for k, v in settings.items() if k not in (*BESIDES, *CHOSEN)}, numbers
     return found
 
 
@@ -54,6 +67,8 @@ def read_run(path: str) -> dict:
     config = config_of(folder, "--runs")
     if not (folder / "backbone.safetensors").exists():
         raise UserError(f"--runs {folder}: is not finished; go on with it, or leave it out")
+    if not {"method", "seed"} <= config.keys():
+        raise UserError(f"--runs {folder}: its config.json has no method or no seed: this is no run of pretraining")
     return {"folder": folder, "config": config, "results": results_of(folder)}
 
 
@@ -85,7 +100,7 @@ def row_of(run: dict, by: list[str]) -> tuple:
 
 def values_of(found: list[dict], by: list[str]) -> dict:
     """{row: {metric: {seed: value}}}."""
-    values = {}
+    values: dict[tuple, dict] = {}
     for run in found:
         row = values.setdefault(row_of(run, by), {})
         for name, (_, metrics) in run["results"].items():
@@ -223,7 +238,7 @@ def _means(values, by, metrics) -> str:
 
 def _differences(differences, by, metrics) -> str:
     """Each minus SIM with the same seeds: mean, and its 95 % interval."""
-    rows = {}
+    rows: dict[tuple, dict] = {}
     for found in differences:
         interval = f"({found['low']:+.2f} to {found['high']:+.2f})" if found["low"] is not None else "(one seed)"
         rows.setdefault(tuple(found["row"].values()), {})[found["metric"]] = f"{found['difference']:+.2f} {interval}"

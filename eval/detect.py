@@ -23,10 +23,11 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from timm.models.resnet import ResNet
 from torch import nn
 
-from eval.boxes import Batches, Scenes, average_precision, open_scenes, picture, run_lengths
+from eval.boxes import Batches, Scenes, average_precision, open_scenes, picture
+from eval.coco import run_lengths
 from eval.command import finish, start
 from eval.detector import detector
-from eval.weights import load_backbone
+from eval.weights import Backbone, load_backbone
 from flags import Given, UserError, command, defaults_of, first_line, flags_of, progress
 from loading.batches import VIEW, generator, made
 from methods.networks import SMALL_STEM, average_statistics
@@ -73,7 +74,7 @@ RECIPES = {
 
 @command(Detection)
 def detect(asked: Detection, given: Given) -> dict:
-    s, folder, resumes = _settings(asked, given)
+    s, folder, resumes, loaded = _settings(asked, given)
     accelerator, workers = start(s)
     warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated", FutureWarning)  # its heir is private
     accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)  # they are averaged when saved
@@ -81,7 +82,8 @@ def detect(asked: Detection, given: Given) -> dict:
     peers = Peers()
     if s.batch_size % world:
         raise UserError(f"--batch_size {s.batch_size}: want a multiple of the {world} processes")
-    loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
+    loaded = loaded or load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
+    torch.manual_seed(s.seed)  # random weights do not depend on whether a backbone was loaded before
     network = _initialised(loaded, s)
     train, test, note = open_scenes(s.task, s.data)
     classes = [category["id"] for category in train.truth["categories"]]
@@ -95,7 +97,8 @@ def detect(asked: Detection, given: Given) -> dict:
     optimizer = _optimizer(bare, s)
     made_by = {"protocol": "detect", "task": s.task, "backbone": loaded.name, "classes": len(classes)}
     made_by["format"] = run_folder.FORMAT
-    first, window, scaler = 0, {}, None
+    first, scaler = 0, None
+    window: dict[str, list] = {}
     if resumes and run_folder.last_checkpoint(folder):
         optimizer_state, state = run_folder.load_checkpoint(folder, bare, made_by)
         optimizer.load_state_dict(optimizer_state)
@@ -142,8 +145,12 @@ def detect(asked: Detection, given: Given) -> dict:
 # Before the loop.
 
 
-def _settings(asked: Detection, given: Given) -> tuple[DetectionRun, Path, bool]:
-    """The settings, checked as far as they can be without the data; the folder; and whether a run there is resumed."""
+def _settings(asked: Detection, given: Given) -> tuple[DetectionRun, Path, bool, Backbone | None]:
+    """The settings, checked as far as they can be without the data; the folder; whether a run there is resumed.
+
+    The backbone too, where the folder is beside its results.
+    """
+    loaded = None
     if isinstance(asked.resume, str):
         if asked.out is not None and Path(asked.out) != Path(asked.resume):
             raise UserError(f"--out {asked.out}: a run is resumed in its own folder; drop --out, or drop --resume")
@@ -151,7 +158,9 @@ def _settings(asked: Detection, given: Given) -> tuple[DetectionRun, Path, bool]
         run_folder.config_of(folder)  # raises where there is none
     else:
         name = f"detect-{asked.task}" + f"-{asked.init}" * (asked.init != "run")
-        folder = Path(asked.out).expanduser() if asked.out else _run_folder(asked) / name
+        if not asked.out:
+            loaded = load_backbone(asked.run, architecture=asked.backbone, image_size=asked.image_size)
+        folder = loaded.folder / name if loaded else Path(str(asked.out)).expanduser()
     if (folder / "result.json").exists():
         raise UserError(f"{folder}: holds a finished run; write to another folder: --out FOLDER")
     resumes = bool(asked.resume) and (folder / "config.json").exists()
@@ -170,11 +179,7 @@ def _settings(asked: Detection, given: Given) -> tuple[DetectionRun, Path, bool]
         sides=[asked.min_size * part // 25 for part in recipe.sides],
         max_size=asked.max_size or asked.min_size * 5 // 3,
     )
-    return DetectionRun(**{**vars(asked), **resolved}), folder, resumes
-
-
-def _run_folder(asked):
-    return load_backbone(asked.run, architecture=asked.backbone, image_size=asked.image_size).folder
+    return DetectionRun(**{**vars(asked), **resolved}), folder, resumes, loaded
 
 
 def _resumed(folder: Path, asked: Detection, given: Given) -> Detection:
@@ -305,7 +310,8 @@ def predict(accelerator, model, scenes: Scenes, classes: list[int], workers: int
     model.eval()
     mine = range(accelerator.process_index, len(scenes.images), accelerator.num_processes)
     pictures = made(partial(picture, scenes), mine, workers)
-    everything, bar = [], progress(len(mine), shown=accelerator.is_main_process, unit="image")
+    everything: list[dict] = []
+    bar = progress(len(mine), shown=accelerator.is_main_process, unit="image")
     for row, image in zip(mine, pictures):
         bar.update()
         with accelerator.autocast():
@@ -313,12 +319,12 @@ def predict(accelerator, model, scenes: Scenes, classes: list[int], workers: int
         boxes = found["boxes"].float().cpu()
         boxes[:, 2:] -= boxes[:, :2]
         whole = {"image_id": scenes.truth["images"][row]["id"]}
-        listed = zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist())
-        listed = [{**whole, "bbox": b, "category_id": classes[label - 1], "score": score} for b, label, score in listed]
+        each = zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist())
+        listed = [{**whole, "bbox": b, "category_id": classes[label - 1], "score": score} for b, label, score in each]
         if "masks" in found and listed:
             shapes = (found["masks"][:, 0] > 0.5).permute(1, 2, 0).to(torch.uint8).cpu().numpy()
-            for each, shape in zip(listed, run_lengths.encode(np.asfortranarray(shapes))):
-                each["segmentation"] = shape
+            for item, shape in zip(listed, run_lengths.encode(np.asfortranarray(shapes))):
+                item["segmentation"] = shape
         everything += listed
     bar.close()
     return gather_object(everything)

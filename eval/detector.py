@@ -1,6 +1,7 @@
 """Faster R-CNN and Mask R-CNN with a feature pyramid on a timm ResNet."""
 
 from collections import OrderedDict
+from typing import Any
 
 from accelerate.utils import convert_to_fp32
 from timm.models.resnet import ResNet
@@ -19,7 +20,7 @@ class Pyramid(nn.Module):
     Images [N, 3, H, W] to five maps of `out_channels` channels, the last the fourth one subsampled.
     """
 
-    def __init__(self, network: ResNet):
+    def __init__(self, network: Any):
         super().__init__()
         self.stem = nn.Sequential(network.conv1, network.bn1, network.act1, network.maxpool)
         self.stages = nn.ModuleList([network.layer1, network.layer2, network.layer3, network.layer4])

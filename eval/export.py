@@ -14,6 +14,7 @@ import re
 import shutil
 from pathlib import Path
 from pickle import dumps
+from typing import Any
 
 import timm
 import torch
@@ -23,7 +24,7 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from bsim import ViewRecipe
-from eval.results import read_results, table
+from eval.results import read_results, table, weights_of
 from eval.weights import Backbone, load_backbone
 from flags import Given, UserError, command, reading
 from methods.networks import SMALL_STEM
@@ -67,7 +68,7 @@ def refuse_small(loaded, library):
 
 def timm_arguments(name: str, image_size: int) -> dict:
     """What timm.create_model was given for this network: transformers must know the size, others take none."""
-    sized = dict(num_classes=0, img_size=image_size)
+    sized: dict[str, Any] = dict(num_classes=0, img_size=image_size)
     try:
         timm.create_model(name, **sized)
     except TypeError:
@@ -93,7 +94,7 @@ def torchvision_model(loaded: Backbone, library: str = "torchvision"):
     if wrong or len(heads) != 1:
         raise UserError(f"--run: {library}'s {loaded.name} has other layers, or names them otherwise; {possible}")
     network.load_state_dict(weights, strict=False)
-    setattr(network, *heads, nn.Identity())
+    setattr(network, heads.pop(), nn.Identity())
     images = torch.randn(2, 3, loaded.image_size, loaded.image_size, generator=torch.Generator().manual_seed(0))
     ours, theirs = loaded.network.eval()(images), network.eval()(images)
     if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * float(ours.abs().max())):
@@ -155,7 +156,7 @@ def for_detectron2(loaded: Backbone, target: Path):
         "WEIGHTS": target.absolute(),
         "PIXEL_MEAN": '"[123.675, 116.280, 103.530]"',
         "PIXEL_STD": '"[58.395, 57.120, 57.375]"',
-        "RESNETS.DEPTH": re.search(r"\d+", loaded.name)[0],
+        "RESNETS.DEPTH": re.findall(r"\d+", loaded.name)[0],
         "RESNETS.NUM_GROUPS": network.groups,
         "RESNETS.WIDTH_PER_GROUP": network.base_width,
         "RESNETS.RES2_OUT_CHANNELS": weights["layer1.0.conv1.weight"].shape[1] * network.layer1[0].expansion,
@@ -192,18 +193,26 @@ def card(loaded: Backbone) -> str:
     """A model card in Markdown, from the run's settings and results."""
     config = loaded.config
     method = config.get("method")
-    settings = [[k, config[k]] for k in CARD if config.get(k) is not None]
+    settings = [[k, _exactly(config[k])] for k in CARD if config.get(k) is not None]
+    if loaded.checkpoint is not None:  # the steps until then; how many epochs those are depends on the images
+        step = int(loaded.checkpoint.absolute().name.removeprefix("step_"))
+        settings = [[k, step if k == "steps" else v] for k, v in settings if k != "epochs"]
     settings += [["versions", ", ".join(f"{k} {v}" for k, v in config.get("versions", {}).items())]] * bool(config)
     with reading(f"{loaded.folder / 'results.jsonl'}"):
         results = [
             [line["protocol"], line["dataset"], _measured(line["metrics"]), line["seed"]]
             for line in (read_results(loaded.folder) if config else [])
+            if weights_of(line["settings"].get("run")) == weights_of(loaded.checkpoint or loaded.file)
         ]
     mixed = bool(method) and config.get("sim_weight") != 1
     paper = ", which mixes images ([arXiv 2011.13356](https://arxiv.org/abs/2011.13356))" * mixed
     tags = ["timm", "image-feature-extraction", "self-supervised", *[method] * bool(method), *["bsim"] * mixed]
     front = "\n".join(["---", "library_name: timm", "tags:", *(f"- {tag}" for tag in tags), "---"])
-    how = f"trained without labels by {method.upper()}{'-BSIM' * mixed}{paper}" if method else "with random weights"
+    how = "with random weights" if loaded.file is None else f"with the weights of {loaded.file.name}"
+    if method:
+        how = f"trained without labels by {method.upper()}{'-BSIM' * mixed}{paper}"
+    if loaded.checkpoint is not None:
+        how += f", at step {step}, a checkpoint before its end" * (step < config.get("steps", 0))
     evaluated = table(results, ["protocol", "images", "in per cent", "seed"]) if results else "None was run."
     return f"""{front}
 
@@ -226,6 +235,11 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net
 
 {evaluated}
 """
+
+
+def _exactly(value):
+    """0.50, but 1e-06: what two digits would change is written as it is."""
+    return str(value) if isinstance(value, float) and float(f"{value:.2f}") != value else value
 
 
 def _measured(metrics):

@@ -4,28 +4,47 @@ import torch
 
 import data
 from bsim import ViewRecipe, make_view
+from flags import RunError, progress
 from loading import batches
 
 
 @torch.no_grad()
-def features(accelerator, network, part, *, image_size, workers=0):
-    """Features and labels (-1: none, or a bad image) of (images, rows) on every process; each computes its share."""
+def features(accelerator, network, part, *, image_size, workers=0, delay=0.0):
+    """Features and labels (-1: none, or a bad image) of (images, rows) on every process; each computes its share.
+
+    delay: seconds before the progress bar is shown. Raises RunError where a feature is not finite.
+    """
     images, rows = part
     rank, world = accelerator.process_index, accelerator.num_processes
     padded = rows[torch.arange(-(-len(rows) // world) * world) % len(rows)]
     clean = ViewRecipe(image_size, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
     found, readable = [], []
-    for batch, good in batches.whole_images(images, padded[rank::world], image_size, workers=workers):
-        view = make_view(batch.to(accelerator.device), clean, generator=torch.Generator())
-        with accelerator.autocast():
-            found.append(network(view).float())
-        readable.append(good.to(accelerator.device))
+    shown = accelerator.is_main_process
+    with progress(len(rows), shown=shown, unit=" images", named="features", delay=delay) as bar:
+        for batch, good in batches.whole_images(images, padded[rank::world], image_size, workers=workers):
+            view = make_view(batch.to(accelerator.device), clean, generator=torch.Generator())
+            with accelerator.autocast():
+                found.append(network(view).float())
+            readable.append(good.to(accelerator.device))
+            bar.update(min(len(batch) * world, len(rows) - bar.n))
 
     def everyones(parts):
         return accelerator.gather(torch.cat(parts)).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[: len(rows)]
 
     labels = images.labels(rows).to(accelerator.device)
-    return everyones(found), labels.masked_fill(~everyones(readable), -1)
+    values, good = everyones(found), everyones(readable)
+    refuse_not_finite(values[good])
+    return values, labels.masked_fill(~good, -1)
+
+
+def refuse_not_finite(values, what="features") -> None:
+    """Raise RunError where a row of values [N, ...], `what` a network makes of N images, is NaN or infinite."""
+    bad = int((~values.isfinite()).flatten(1).any(1).sum()) if len(values) else 0
+    if bad:
+        raise RunError(
+            f"the {what} of {bad} of {len(values)} images are NaN or infinite, and no figure of them has a meaning; "
+            "the weights have diverged, or values overflow at this --mixed_precision"
+        )
 
 
 def labelled_features(task, part: data.Labelled, network=None):

@@ -22,13 +22,14 @@ from scipy.stats import gaussian_kde
 from bsim import alignment, make_view, uniformity
 from data import Source
 from eval.command import Task, protocol
-from eval.features import features
-from eval.weights import Backbone, load_backbone, load_method
-from flags import UserError
+from eval.features import features, refuse_not_finite
+from eval.weights import Backbone, has_weights_of, load_backbone, load_method
+from flags import UserError, progress
 from loading.batches import SPLIT, VIEW, Batches, Feed, generator, whole_images
 from loading.images import after_crop
 from methods import METHODS
-from training.folder import last_checkpoint, write
+from training import folder as run_folder
+from training.folder import write
 from training.pictures import colour_of
 
 QUERIES, NEAREST = 10, 5  # rows and columns of the neighbours in the picture
@@ -43,24 +44,50 @@ class Cloud(NamedTuple):
     colour: str
 
 
+def _singular_values(x) -> torch.Tensor:
+    """Of centred x [N, D], falling; 1, 0, ... where the rows differ by no more than rounding."""
+    centred = x.double() - x.double().mean(0)
+    values = torch.linalg.svdvals(centred)
+    if centred.norm() <= 8 * torch.finfo(x.dtype).eps * x.double().norm():
+        values = torch.zeros_like(values)
+        values[0] = 1
+    return values
+
+
+def unit(x) -> torch.Tensor:
+    """The rows of x [N, D] at length 1; float64 on the way, where the square of no float32 overflows."""
+    return F.normalize(x.double(), dim=1).float()
+
+
 def variance_shares(x) -> torch.Tensor:
-    """The share of the variance of x [N, D] in each principal direction: [min(N, D)], falling, of sum 1."""
-    values = torch.linalg.svdvals(x.double() - x.double().mean(0)) ** 2
+    """The share of the variance of x [N, D] in each principal direction: [min(N, D)], falling, of sum 1.
+
+    Of constant features all counts as in the first direction, as it does of features on a line.
+    """
+    values = _singular_values(x) ** 2
     return values / values.sum()
 
 
 def effective_rank(x) -> float:
-    """e to the entropy of the normalised singular values of centred x [N, D] (Roy and Vetterli, 2007): 1 to D."""
-    values = torch.linalg.svdvals(x.double() - x.double().mean(0))
+    """e to the entropy of the normalised singular values of centred x [N, D] (Roy and Vetterli, 2007): 1 to D.
+
+    It is 1 of constant features, as of features on a line.
+    """
+    values = _singular_values(x)
     values = values / values.sum()
     return float(torch.special.entr(values).sum().exp())
 
 
 def measures(x, a, b) -> dict:
-    """Numbers of unit features x [N, D] of images, and a, b [M, D] of two views of each (Wang and Isola, 2020)."""
+    """Numbers of unit features x [N, D] of images, and a, b [M, D] of two views of each (Wang and Isola, 2020).
+
+    Of a single image only the alignment.
+    """
+    found = {"alignment": float(alignment(a, b))}
+    if len(x) < 2:
+        return found
     shares = variance_shares(x)
-    return {
-        "alignment": float(alignment(a, b)),
+    return found | {
         "uniformity": float(uniformity(x)),
         "effective_rank": effective_rank(x),
         "variance_1": 100 * float(shares[0]),
@@ -90,47 +117,70 @@ def of_views(task, loaded, part, rows, network):
     feed = Feed(batches, 0, batches.steps_per_epoch, workers, pin=False)
     recipes = tuple(after_crop(recipe) for recipe in recipes) if images.in_workers else recipes
     found = ([], [])
-    for step, pair in enumerate(feed):
-        draws = generator(task.seed, VIEW, step, rank)
-        for side, pixels, recipe in zip(found, pair, recipes):
-            side.append(network(make_view(pixels.to(task.accelerator.device), recipe, generator=draws)).float())
-    return (F.normalize(task.accelerator.gather(torch.cat(side)), dim=1) for side in found)
+    shown = task.accelerator.is_main_process
+    with progress(batches.steps_per_epoch * size, shown=shown, unit=" images", named="two views") as bar:
+        for step, pair in enumerate(feed):
+            draws = generator(task.seed, VIEW, step, rank)
+            for side, pixels, recipe in zip(found, pair, recipes):
+                side.append(network(make_view(pixels.to(task.accelerator.device), recipe, generator=draws)).float())
+            bar.update(size)
+    both = [task.accelerator.gather(torch.cat(side)) for side in found]
+    for values in both:
+        refuse_not_finite(values, "features of views")
+    return (unit(values) for values in both)
 
 
-def measure(task, loaded, rows):
-    """(metrics, unit features of the images): of the backbone, and of the projector where a checkpoint has it."""
-    part, device = task.test, task.accelerator.device
-    networks = {"": loaded.network.to(device).eval()}
-    if loaded.config and last_checkpoint(loaded.folder):
-        method = load_method(loaded).to(device).eval()
-        networks["embedding_"] = torch.nn.Sequential(method.backbone, method.projector)
-    metrics, first = {}, None
+def networks_of(task, run: str, loaded: Backbone) -> dict[str, torch.nn.Module]:
+    """The backbone, and the backbone with the projector where a checkpoint has one that belongs to these weights."""
+    device = task.accelerator.device
+    backbone = loaded.network.to(device).eval()
+    found = {"": backbone}
+    if loaded.config and run_folder.last_checkpoint(loaded.folder):
+        method = load_method(loaded)
+        if has_weights_of(method.backbone, backbone):
+            found["embedding_"] = torch.nn.Sequential(backbone, method.projector.to(device).eval())
+        else:
+            task.say(f"{run}: embedding_... is left out: the projector of the last checkpoint is of other weights")
+    return found
+
+
+def measure(task, loaded, networks, rows):
+    """(metrics, unit features of the backbone, which of the images could be read), of each of `networks`."""
+    part, metrics, first = task.test, {}, None
     for name, network in networks.items():
         options = dict(image_size=loaded.image_size, workers=task.workers)
         x, known = features(task.accelerator, network, (part.images, rows), **options)
-        x = F.normalize(x[known >= 0], dim=1)
+        good = known >= 0
+        x = unit(x[good])
         first = x if first is None else first
         metrics |= {name + k: v for k, v in measures(x, *of_views(task, loaded, part, rows, network)).items()}
-    return metrics, first
+    return metrics, first, good
 
 
 @protocol(Geometry)
 def geometry(task: Task, s: Geometry) -> dict:
     if s.out and Path(s.out).exists():
         raise UserError(f"--out {s.out}: exists; name another picture")
+    if s.out and not Path(s.out).absolute().parent.is_dir():
+        raise UserError(f"--out {s.out}: there is no folder {Path(s.out).parent}")
     beside = {name.strip(): load_backbone(name.strip()) for name in (s.beside or "").split(",") if name.strip()}
+    runs = {run: (loaded, networks_of(task, run, loaded)) for run, loaded in {s.run: task.backbone, **beside}.items()}
     part = task.test
     order = torch.randperm(len(part.rows), generator=generator(task.seed, SPLIT))[: s.images]
     rows = part.rows[order.sort().values]
-    metrics, clouds = None, []
-    for run, loaded in {s.run: task.backbone, **beside}.items():
-        found, x = measure(task, loaded, rows)
+    metrics: dict = {}
+    clouds: list[Cloud] = []
+    for run, (loaded, networks) in runs.items():
+        found, x, good = measure(task, loaded, networks, rows)
         metrics = metrics or found
         colour = colour_of(loaded.config.get("sim_weight"))
         clouds.append(Cloud(name_of(loaded, run), x.cpu(), variance_shares(x).cpu(), colour))
-    if task.accelerator.is_main_process:
+    if len(clouds[0].features) < 2:
+        task.say("of a single image there is only the alignment, and no picture")
+    elif task.accelerator.is_main_process:
         path = Path(s.out) if s.out else free_name(task.backbone.folder)
-        shown = torch.cat([batch for batch, _ in whole_images(part.images, rows, min(96, task.backbone.image_size))])
+        side = min(96, task.backbone.image_size)
+        shown = torch.cat([batch for batch, _ in whole_images(part.images, rows[good.cpu()], side)])
         draw(path, clouds, shown)
         task.say(f"look at {path}")
     return metrics
@@ -140,7 +190,7 @@ def name_of(loaded, run) -> str:
     """What stands above a run in the picture."""
     config = loaded.config
     if not config:
-        return f"{run}, random weights"
+        return f"{run}, random weights" if loaded.file is None else str(run)
     kind = {0: "BSIM", 1: "SIM"}.get(
         config["sim_weight"], f"{config['sim_weight']:g} SIM, {1 - config['sim_weight']:g} BSIM"
     )
@@ -163,7 +213,7 @@ def draw(path: Path, clouds, images) -> None:
         axis = figure.add_subplot(grid[0, i], projection="polar")
         directions = cloud.features - cloud.features.mean(0)
         plane = directions @ torch.linalg.svd(directions, full_matrices=False).Vh[:2].T
-        angles = torch.atan2(plane[:, 1], plane[:, 0]).numpy()
+        angles = torch.atan2(plane[:, 1], plane[:, 0]).numpy()  # of constant features all 0
         around = np.linspace(-np.pi, np.pi, 361)
         density = gaussian_kde(np.concatenate([angles + turn for turn in (-2 * np.pi, 0, 2 * np.pi)]), 0.05)(around) * 3
         axis.fill_between(around, 1, 1 + density * 2 * np.pi, color=cloud.colour, alpha=0.5, linewidth=0)
@@ -174,18 +224,19 @@ def draw(path: Path, clouds, images) -> None:
         axis.spines["polar"].set_visible(False)
 
         axis = figure.add_subplot(grid[1, i])
-        queries = torch.linspace(0, len(images) - 1, QUERIES).long()
-        near = (cloud.features[queries] @ cloud.features.T).topk(NEAREST + 1).indices
+        queries = torch.linspace(0, len(images) - 1, min(QUERIES, len(images))).long()
+        near = (cloud.features[queries] @ cloud.features.T).topk(min(NEAREST + 1, len(images))).indices
         tiles = rearrange(images[near].numpy(), "r c d h w -> (r h) (c w) d")
         axis.imshow(tiles, interpolation="nearest")
-        side = tiles.shape[1] / (NEAREST + 1)
+        across = near.shape[1]
+        side = tiles.shape[1] / across
         axis.axvline(side - 0.5, color="white", linewidth=3)
-        axis.set(xticks=[side / 2, side * (1 + NEAREST / 2)], xticklabels=["query", "its nearest images"], yticks=[])
+        axis.set(xticks=[side / 2, side * (1 + across) / 2], xticklabels=["query", "its nearest images"], yticks=[])
         axis.tick_params(length=0)
     axis = figure.add_subplot(grid[2, :])
     for cloud, style in zip(clouds, ("-", "--", ":", "-.") * len(clouds)):
         axis.plot(np.arange(1, len(cloud.shares) + 1), 100 * cloud.shares, style, color=cloud.colour, label=cloud.name)
-    low = 100 * min(float(cloud.shares[: cloud.features.shape[1] * 9 // 10].min()) for cloud in clouds)
+    low = 100 * min(float(cloud.shares[: max(1, cloud.features.shape[1] * 9 // 10)].min()) for cloud in clouds)
     axis.set(xscale="log", yscale="log", xlabel="direction, by its share", ylabel="share of the variance (%)")
     axis.set_ylim(bottom=max(1e-4, low / 2))
     axis.legend(frameon=False, fontsize=9)

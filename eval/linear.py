@@ -24,6 +24,7 @@ from torch import nn
 from eval.command import Task, protocol
 from eval.features import labelled_features, topk_accuracy
 from eval.supervised import check_batch, fit
+from flags import UserError
 from loading.batches import SPLIT, generator
 
 # What was published for ImageNet and ResNet-50: rate for each 256 images, images a step, weight decay.
@@ -41,9 +42,20 @@ def fit_logistic(features, labels, strength: float):
         return LogisticRegression(C=strength, max_iter=1000).fit(features, labels)
 
 
+def refuse_few(labels, said: str = "--protocol features") -> None:
+    """Raise UserError where labels [N] leave nothing to choose the strength of the regularisation by."""
+    classes, counts = np.unique(np.asarray(labels), return_counts=True)
+    if len(classes) < 2 or counts.max() < 2:
+        raise UserError(
+            f"{said}: {len(labels)} images of {len(classes)} classes to train on, of which no part can be held out to "
+            "choose the regularisation by; want two or more of a class, or --protocol sgd"
+        )
+
+
 def choose_strength(features, labels, seed: int):
     """(C, accuracy in per cent by C): chosen on a fifth of the rows, a fifth of each class, that is held out for it."""
     order = torch.randperm(len(labels), generator=generator(seed, SPLIT)).numpy()
+    refuse_few(labels)
     held = np.zeros(len(labels), bool)
     for number in np.unique(labels):
         rows = order[labels[order] == number]
@@ -52,7 +64,7 @@ def choose_strength(features, labels, seed: int):
     for strength in STRENGTHS:
         model = fit_logistic(features[~held], labels[~held], strength)
         accuracy[float(strength)] = 100 * float((model.predict(features[held]) == labels[held]).mean())
-    return max(accuracy, key=accuracy.get), accuracy
+    return max(accuracy, key=lambda strength: accuracy[strength]), accuracy
 
 
 def from_features(task) -> dict:
@@ -103,6 +115,7 @@ def linear(task: Task, s: Linear) -> dict:
     said = {"batch_size": s.batch_size, "lr": s.lr, "weight_decay": s.weight_decay}
     before = fingerprint(task.backbone.network)
     if s.protocol == "features":
+        refuse_few(task.train.labels, f"--dataset {s.dataset or task.backbone.config.get('dataset')}")
         metrics = from_features(task)
     else:
         few = max(1, len(task.train.rows) // 8) // task.accelerator.num_processes * task.accelerator.num_processes

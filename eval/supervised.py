@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 
 from bsim import ViewRecipe, make_view
 from data import Source
-from flags import UserError, progress
+from flags import RunError, UserError, progress
 from loading.batches import VIEW, Batches, Feed, generator
 from loading.files import counted
 from loading.images import after_crop
@@ -23,7 +23,7 @@ def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
     """Train `model`, images [N, 3, H, W] to scores [N, classes], on `rows` of task.train; the rate falls as a cosine.
 
     What of the model takes no gradient stays as it is; whether batch statistics are updated is the caller's to say, by
-    `train` and `eval`.
+    `train` and `eval`. Raises RunError where it diverges.
     """
     accelerator, train, seed, size = task.accelerator, task.train, task.seed, task.backbone.image_size
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -39,7 +39,7 @@ def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
     recipe = after_crop(recipe) if train.images.in_workers else recipe
     peaks = [group["lr"] for group in descent.param_groups]
     model, descent = accelerator.prepare(model, descent)
-    bar = progress(steps, shown=accelerator.is_main_process)
+    bar, losses = progress(steps, shown=accelerator.is_main_process), []
     for step in range(steps):
         for group, peak in zip(descent.param_groups, peaks):
             group["lr"] = peak * (1 + math.cos(math.pi * step / steps)) / 2
@@ -50,7 +50,12 @@ def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
         accelerator.backward(loss)
         descent.step()
         descent.zero_grad()
-        if step % 50 == 0:
+        losses.append(loss.detach())
+        if step % 50 == 0 or step == steps - 1:
+            refuse_diverged(
+                accelerator.gather(torch.stack(losses)), len(train.names), step + 1, bar, ended=step == steps - 1
+            )
+            losses.clear()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         bar.update()
     bar.close()
@@ -59,3 +64,20 @@ def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
         task.say(
             f"left out {counted(len(bad), 'image')} that cannot be read: {'; '.join(bad[:4])}{'; ...' * (len(bad) > 4)}"
         )
+
+
+# Times the loss of chance: at the end, and ever. Published rates of linear classifiers reach some hundred times it.
+DIVERGED, ABSURD = 1e3, 1e6
+
+
+def refuse_diverged(losses, classes: int, step: int, bar, *, ended: bool) -> None:
+    """Raise RunError where the losses [N] up to `step` are those of a classifier that does not converge."""
+    finite, chance = bool(losses.isfinite().all()), math.log(classes)
+    worst = float(losses.mean()) if ended else 0.0
+    if finite and worst <= DIVERGED * chance and float(losses.max()) <= ABSURD * chance:
+        return
+    bar.close()  # before the message, which has a line of its own
+    if not finite and step == 1:  # nothing was learnt yet
+        raise RunError("the network's features are NaN or infinite: no classifier can be trained on them")
+    said = f"is {float(losses.max()):.3g}, where chance has {chance:.3g}" if finite else "is NaN or infinite"
+    raise RunError(f"the classifier has diverged: its loss {said}, at step {step}; try a lower --lr")

@@ -17,7 +17,6 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 import datasets
 import numpy as np
@@ -31,6 +30,9 @@ from sklearn.svm import LinearSVC
 
 from eval.command import finish, start
 from eval.features import features
+from eval.hub_boxes import MARKS
+from eval.results import check_writable
+from eval.voc import is_marked, read_annotation
 from eval.weights import load_backbone
 from flags import Given, UserError, command, reading
 from loading import sources
@@ -40,6 +42,7 @@ from loading.images import LargeImages, decode
 COSTS = sorted([2.0**i for i in range(-19, -3)] + [10.0**i for i in range(-7, 3)])  # 26, as in the benchmark's code
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 DRAWS = 5
+LISTS = ("objects", "labels", "classes")  # columns that may list the classes of an image
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The images and their classes.
@@ -52,7 +55,7 @@ class ImageSet(NamedTuple):
 
 
 def read_sets(data: str) -> tuple[ImageSet, ImageSet]:
-    """The images to learn from (trainval) and to be judged by (test): of a VOCdevkit folder, else of a dataset."""
+    """The images to train on (trainval) and to evaluate on (test): of a VOCdevkit folder, else of a dataset."""
     place = Path(data).expanduser()
     tried = [place, place / "VOC2007", place / "VOCdevkit" / "VOC2007"]
     root = next((folder for folder in tried if (folder / "ImageSets" / "Main").is_dir()), None)
@@ -83,21 +86,18 @@ def _read_voc(root, name):
     for file in files:
         if not file.is_file():
             raise UserError(f"--data {root}: image {file.stem} of {name} is missing (looked for {file})")
-    found = [_boxes(root / "Annotations" / f"{number}.xml", root) for number in numbers]
+    read = [read_annotation(root / "Annotations" / f"{number}.xml", root, boxes=False) for number in numbers]
+    found = [_classes((thing.name, thing.difficult) for thing in annotation.things) for annotation in read]
     records = [{"bytes": None, "path": str(file)} for file in files]
     rows = Dataset.from_dict({"image": records}, features=Features(image=datasets.Image(decode=False)))
     return _image_set(rows, found, name)
 
 
-def _boxes(file, root):
-    """{class: whether all its boxes are difficult} of an image's annotation."""
-    found = {}
-    try:
-        for item in ElementTree.parse(file).getroot().findall("object"):
-            difficult = item.findtext("difficult", "0").strip() == "1"
-            found[item.find("name").text.strip()] = found.get(item.find("name").text.strip(), True) and difficult
-    except (OSError, ElementTree.ParseError, AttributeError) as error:
-        raise UserError(f"--data {root}: annotation {file} cannot be read ({error})") from None
+def _classes(things) -> dict[str, bool]:
+    """{class: whether all its objects are difficult} of (name, difficult)."""
+    found: dict[str, bool] = {}
+    for name, difficult in things:
+        found[name] = found.get(name, True) and difficult
     return found
 
 
@@ -116,18 +116,52 @@ def _read_dataset(data, said):
 
 def _listed(rows, data, name):
     image = next((k for k, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
-    classes = next((k for k in ("objects", "labels", "classes") if _inner(rows.features.get(k)) is not None), None)
+    classes = next((k for k in LISTS if _inner(rows.features.get(k)) is not None), None)
     if image is None or classes is None:
         has = ", ".join(f"{k} ({type(kind).__name__})" for k, kind in rows.features.items())
         raise UserError(
             f"--data {data}: want a column of images, and a column objects, labels or classes with a list of classes "
             f"(numbers or names) for each; {name} has {has}"
         )
+    lists = [listed or [] for listed in rows[classes]]
     inner = _inner(rows.features[classes])
-    named = inner.int2str if isinstance(inner, ClassLabel) else str
-    found = [{named(x): False for x in listed or []} for listed in rows[classes]]
-    rows = rows.cast_column(image, datasets.Image(decode=False)).select_columns([image]).rename_column(image, "image")
-    return _image_set(rows, found, name)
+    _refuse_vectors(lists, inner, f"--data {data}: column {classes} of {name}")
+    marks = next((k for k in MARKS if k in rows.column_names), None)
+    found = []
+    for row, (listed, marked) in enumerate(zip(lists, rows[marks] if marks else [None] * len(lists))):
+        where = f"--data {data}: row {row} of {name}"
+        if marked is not None and len(marked) != len(listed):
+            raise UserError(f"{where} has {len(listed)} classes and {len(marked)} marks in {marks}")
+        names = [_named(value, inner, where) for value in listed]
+        try:
+            difficult = [is_marked(mark) for mark in marked or [0] * len(listed)]
+        except ValueError as error:
+            raise UserError(f"{where}: {marks} {error}") from None
+        found.append(_classes(zip(names, difficult)))
+    rows = rows.cast_column(image, datasets.Image(decode=False)).select_columns([image])
+    return _image_set(rows if image == "image" else rows.rename_column(image, "image"), found, name)
+
+
+def _named(value, inner, where) -> str:
+    """The name of a class in a list."""
+    if isinstance(value, int) and (value < 0 or isinstance(inner, ClassLabel) and value >= inner.num_classes):
+        wanted = f"0 to {inner.num_classes - 1}" if isinstance(inner, ClassLabel) else "0 or more"
+        raise UserError(f"{where} lists the class {value}; want {wanted}")
+    name = "" if value is None else inner.int2str(value) if isinstance(inner, ClassLabel) else str(value).strip()
+    if not name:
+        raise UserError(f"{where} lists a class without a name")
+    return name
+
+
+def _refuse_vectors(lists, inner, where):
+    """Raise UserError for multi-hot vectors: as many numbers for every image, all of them 0 or 1."""
+    lengths, values = {len(listed) for listed in lists}, {value for listed in lists for value in listed}
+    numbers = isinstance(inner, ClassLabel) or "int" in inner.dtype
+    if numbers and len(lists) > 1 and len(lengths) == 1 and min(lengths) > 1 and values <= {0, 1}:
+        raise UserError(
+            f"{where} has {min(lengths)} numbers of 0 and 1 for every image, as multi-hot vectors have; "
+            "want a list of the classes that are in the image"
+        )
 
 
 def _inner(kind):
@@ -137,13 +171,21 @@ def _inner(kind):
     return inner if fits else None
 
 
+def only_difficult(part: ImageSet) -> list[str]:
+    """The classes of which `part` has difficult objects alone."""
+    seen = [item for found in part.found for item in found.items()]
+    return sorted({name for name, difficult in seen} - {name for name, difficult in seen if not difficult})
+
+
 def truths(train: ImageSet, test: ImageSet, folds: int):
     """(names of the C classes, truth of `train` [N, C], truth of `test` [M, C]).
 
     Truth is 1 where the image has the class, 0 where it has not, -1 where all its boxes of the class are difficult.
-    Raises UserError for a class without a positive image, or with fewer to learn from, of either sort, than `folds`.
+    A class whose objects in `test` are all difficult is left out, as VOC's own evaluation has no precision for it.
+    Raises UserError for a class without a positive image, or with fewer to train on, of either sort, than `folds`.
     """
-    names = sorted({name for part in (train, test) for found in part.found for name in found})
+    every = [item for part in (train, test) for found in part.found for item in found.items()]
+    names = sorted({name for name, difficult in every if not difficult} - {*only_difficult(test)})
     made = []
     for part in (train, test):
         value = [[{None: 0, False: 1, True: -1}[found.get(name)] for name in names] for found in part.found]
@@ -171,7 +213,7 @@ def unit_features(accelerator, loaded, part: ImageSet, workers: int):
     )
     bad = (good < 0).nonzero().flatten().tolist()
     if bad:
-        record, reason = part.images.table[bad[0]]["image"], "this time it could"
+        record, reason = part.images.table[bad[0]]["image"], ValueError("this time it could")
         try:
             decode(record)
         except ValueError as error:
@@ -267,8 +309,11 @@ def low_shot(train, truth, test, asked, shots: int, seed: int) -> dict:
 def voc07(s: VOC07, given: Given) -> dict:
     accelerator, workers = start(s)
     loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
+    check_writable(loaded.folder)
     train, test = read_sets(s.data)
     names, truth, asked = truths(train, test, s.folds)
+    for name in only_difficult(test):
+        accelerator.print(f"note: class {name} is only difficult in {test.name}, and is left out")
     loaded.network.to(accelerator.device, memory_format=torch.channels_last).eval()
     accelerator.print(
         f"voc07 of {s.run} ({loaded.name}, {loaded.image_size} pixels) on {s.data}: {len(truth)} images to train on, "

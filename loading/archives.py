@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features, Value
 
@@ -29,12 +30,16 @@ class Archive(NamedTuple):
 
 def index(path: str) -> Archive:
     """The files of a tar, by its headers alone."""
-    found, images, problem = Archive([], [], [], [], None), endings(), None
+    names: list[str] = []
+    starts: list[int] = []
+    sizes: list[int] = []
+    texts: list[bytes | None] = []
+    images, problem = endings(), None
     length = os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
             while entry := tar.next():
-                tar.members.clear()  # it would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                 if entry.offset_data + entry.size > length:
                     problem = f"ends inside {shown(entry.name)}"
                     break
@@ -43,13 +48,15 @@ def index(path: str) -> Archive:
                     if entry.size <= TEXT and ending(entry.name) not in images:
                         file.seek(entry.offset_data)
                         text = file.read(entry.size)
-                    for column, value in zip(found, (shown(entry.name), entry.offset_data, entry.size, text)):
-                        column.append(value)
+                    names.append(shown(entry.name))
+                    starts.append(entry.offset_data)
+                    sizes.append(entry.size)
+                    texts.append(text)
             end = tar.offset
             problem = problem or _after(file, end)
     except (tarfile.TarError, OSError, EOFError) as error:
         problem = str(error)
-    return found._replace(problem=problem)
+    return Archive(names, starts, sizes, texts, problem)
 
 
 def _after(file, end):
@@ -69,11 +76,13 @@ def _after(file, end):
 def remembered(path: str) -> Archive:
     """`index`, kept in the cache of `datasets` for the same file of the same size and times."""
     status = os.stat(path)
-    numbers = [status.st_size], [[status.st_mtime_ns, status.st_ctime_ns]]
-    kept = Path(datasets.config.HF_DATASETS_CACHE) / "bsim" / f"tar-{key(Listing('', [path], *numbers))}"
+    times = np.array([[status.st_mtime_ns, status.st_ctime_ns]])
+    listing = Listing("", [path], np.array([status.st_size]), times)
+    kept = Path(datasets.config.HF_DATASETS_CACHE) / "bsim" / f"tar-{key(listing)}"
     if kept.exists():
         with pa.memory_map(str(kept)) as file:
-            return Archive(*(column.to_pylist() for column in pa.ipc.open_file(file).read_all().columns), None)
+            names, starts, sizes, texts = (c.to_pylist() for c in pa.ipc.open_file(file).read_all().columns)
+            return Archive(names, starts, sizes, texts, None)
     found = index(path)
     if found.problem is None:
         table = pa.table([*map(pa.array, found[:3]), pa.array(found.texts, pa.binary())], list(Archive._fields[:4]))

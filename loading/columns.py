@@ -98,12 +98,13 @@ def numbered(parts: dict[str, Dataset | None]) -> tuple[dict, list[str]]:
     Names become numbers by the sorted list of all names in all parts, in a ClassLabel; other labels stay. -1 and null
     mean "no label". Raises UserError for other negative labels.
     """
-    columns, notes = {}, []
+    columns, labelled, notes = {}, {}, []
     for split, rows in parts.items():
         if rows is None or "label" not in rows.column_names or len(rows) == 0:
             continue
         column = rows.select_columns("label").with_format("arrow")[:]["label"]
         columns[split] = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        labelled[split] = rows
     words = {split: column for split, column in columns.items() if not pa.types.is_integer(column.type)}
     words = {split: column for split, column in words.items() if not pa.types.is_null(column.type)}
     found = {word for column in words.values() for word in pc.unique(column).to_pylist()} - {None}
@@ -122,7 +123,7 @@ def numbered(parts: dict[str, Dataset | None]) -> tuple[dict, list[str]]:
             )
         if split in words:
             feature = ClassLabel(names=names) if names else Value("int64")
-            made[split] = parts[split].remove_columns("label").add_column("label", numbers, feature=feature)
+            made[split] = labelled[split].remove_columns("label").add_column("label", numbers, feature=feature)
         missing = int((numbers == -1).sum())
         if missing:
             notes.append(

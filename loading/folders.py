@@ -77,23 +77,23 @@ def listed(root: Path, remembered: bool = False) -> Listing:
     The table is kept in the cache of `datasets`. With `remembered` it is taken from there: for the other processes of
     a machine, where one has just listed the folder.
     """
-    root = os.path.abspath(root)
-    kept = Path(datasets.config.HF_DATASETS_CACHE) / "bsim" / f"listing-{sha256(os.fsencode(root)).hexdigest()[:32]}"
+    top = os.path.abspath(root)
+    kept = Path(datasets.config.HF_DATASETS_CACHE) / "bsim" / f"listing-{sha256(os.fsencode(top)).hexdigest()[:32]}"
     if remembered:
         try:
             with pa.memory_map(str(kept)) as file:
                 table = pa.ipc.open_file(file).read_all()
             names = [os.fsdecode(name) for name in table["name"].to_pylist()]
             times = np.stack([table["written"].to_numpy(), table["changed"].to_numpy()], 1)
-            return Listing(root, names, table["size"].to_numpy(), times)
+            return Listing(top, names, table["size"].to_numpy(), times)
         except (OSError, pa.ArrowInvalid):  # another machine's disk, or a full one
             pass
-    found, above = [], {_place(parent) for parent in (Path(root), *Path(root).parents)}
-    _scan(root, "", above, found)
+    found: list[tuple] = []
+    _scan(top, "", {_place(parent) for parent in (Path(top), *Path(top).parents)}, found)
     found.sort()
     names = [name for name, *_ in found]
     numbers = np.array([row[1:] for row in found], np.int64).reshape(-1, 3)
-    listing = Listing(root, names, numbers[:, 0].copy(), numbers[:, 1:].copy())
+    listing = Listing(top, names, numbers[:, 0].copy(), numbers[:, 1:].copy())
     _remember(listing, kept)
     return listing
 

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from bsim import ViewRecipe, random_crop_box
-from flags import UserError
+from flags import UserError, progress
 from loading import files, pixels
 
 SMALL = 64  # images whose longer side is at most this are decoded once, and cached
@@ -170,7 +170,6 @@ class SmallImages:
             remove_columns=rows.column_names,
             features=features,
             fn_kwargs=way | {"decoder": DECODER},
-            desc="decoding",
         )
         try:
             self.table = _kept(rows, kept_in, options).with_format("arrow")
@@ -199,6 +198,23 @@ class SmallImages:
         return images, images, Met([], rows.tolist(), [])
 
 
+_bar = None  # of the decoding that is under way
+
+
+def _map_with_bar(rows, function, **options):
+    """rows.map(function, **options) with a bar in images a second; none where its result is cached already."""
+    global _bar
+    shown, quiet = not Path(options["cache_file_name"]).exists(), datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # that of `datasets`, which counts examples
+    try:
+        with progress(len(rows), shown=shown, unit=" images", named="decoding") as _bar:
+            return rows.map(function, **options)
+    finally:
+        _bar = None
+        if not quiet:
+            datasets.enable_progress_bars()
+
+
 def _cached(rows, way):
     """Where decoded images are kept: in the cache of `datasets`, also of rows that lie in the user's own folder."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "bsim"
@@ -213,7 +229,7 @@ def _kept(rows, kept_in, options):
     if not kept_in.exists():
         aside.mkdir(exist_ok=True)
         try:
-            rows.map(_decode_batch, cache_file_name=str(aside / "pixels.arrow"), **options)
+            _map_with_bar(rows, _decode_batch, cache_file_name=str(aside / "pixels.arrow"), **options)
             (aside / "pixels.arrow").replace(kept_in)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -239,6 +255,8 @@ def _decode_batch(batch, indices, split, shape, skip_bad, pixel_range, shrink, d
         kept["clipped"].append(clipped)
         if "label" in kept:
             kept["label"].append(batch["label"][i])
+    if _bar is not None:
+        _bar.update(len(indices))
     return kept
 
 

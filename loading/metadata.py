@@ -39,7 +39,7 @@ def applied(root: str, names: list[str], images: list[int]) -> tuple[list[int], 
         folder = os.path.dirname(names[i])
         while folder not in tables and folder:
             folder = os.path.dirname(folder)
-        file, _, rows = tables.get(folder, (None, None, {}))
+        file, _, rows = tables.get(folder, ("", None, {}))
         if file and names[i] not in rows:
             left_out.append((names[i], f"not named in {shown(file)}"))
             continue

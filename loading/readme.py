@@ -42,7 +42,8 @@ def configured(head: dict, names: list[str], subset: str | None, spec: str) -> d
         raise UserError(
             f"--subset {subset}: {spec} has {', '.join(map(str, configs))}{nearest(subset, map(str, configs))}"
         )
-    config, splits = configs[subset], {}
+    config: dict = configs[subset]
+    splits: dict[str, list[int]] = {}
     within = f"{config['data_dir'].strip('/')}/" if isinstance(config.get("data_dir"), str) else ""
     files = config.get("data_files")
     if files is None:

@@ -179,16 +179,17 @@ def split_words(name: str, words: dict[str, str]) -> set[str]:
 
 def by_name(names: list[str], words: dict[str, str]) -> tuple[dict[str, list[int]], list[str]]:
     """{split: rows of `names`} if every file's name has one split's name, else all as train; and notes."""
-    heads = [re.fullmatch(r"(.+?)-\d+(-of-\d+)?\.\w+", os.path.basename(name)) for name in names]
-    if all(heads) and {head[1] for head in heads} & {*words, "trainval"}:  # as on the Hub: any word before the number
-        found = [{words.get(head[1], head[1])} for head in heads]
+    numbered = (re.fullmatch(r"(.+?)-\d+(-of-\d+)?\.\w+", os.path.basename(name)) for name in names)
+    heads = [match[1] for match in numbered if match]
+    if len(heads) == len(names) and {*heads} & {*words, "trainval"}:  # as on the Hub: any word before the number
+        found = [{words.get(head, head)} for head in heads]
     else:
         found = [split_words(name, words) for name in names]
     if all(len(splits) == 1 for splits in found):
-        splits = {}
+        rows: dict[str, list[int]] = {}
         for i, (split,) in enumerate(found):
-            splits.setdefault(split, []).append(i)
-        return splits, []
+            rows.setdefault(split, []).append(i)
+        return rows, []
     plain = [name for name, splits in zip(names, found) if len(splits) != 1]
     if Counter(map(bool, found))[True]:
         other = next(name for name, splits in zip(names, found) if splits)

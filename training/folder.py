@@ -1,6 +1,7 @@
 """The run folder: its name, its files, its checkpoints. Whatever is written is complete or absent."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -63,13 +64,13 @@ def write(path: Path, save) -> None:
             raise
 
 
-def append(path: Path, line: str) -> None:
-    """Add a line to `path`. Raises RunError where it cannot be written; the file is then what it was."""
+def append(path: Path, text: str) -> None:
+    """Add `text` to `path`. Raises RunError where it cannot be written; the file is then what it was."""
     with writing(path):
         before = path.stat().st_size if path.exists() else 0
         try:
             with open(path, "a") as file:
-                file.write(line + "\n")
+                file.write(text)
         except OSError:
             with suppress(OSError):
                 os.truncate(path, before)
@@ -134,9 +135,12 @@ def config_of(folder: Path, flag: str = "--resume") -> dict:
     if not (folder / "config.json").exists():
         raise UserError(f"{flag} {folder}: no run there (it has no config.json)")
     try:
-        return json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise UserError(f"{flag} {folder}: its config.json is damaged ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{flag} {folder}: its config.json is damaged (want an object of settings)")
+    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +148,26 @@ def config_of(folder: Path, flag: str = "--resume") -> dict:
 
 
 def append_metrics(folder: Path, line: dict) -> None:
-    append(folder / "metrics.jsonl", json.dumps(line))
+    append(folder / "metrics.jsonl", json_line(line, folder / "metrics.jsonl"))
+
+
+def json_line(line: dict, path: Path) -> str:
+    """`line` as a line for the file at `path`. Raises RunError, with its name, for a number that JSON has not."""
+    wrong = _not_finite(line)
+    if wrong:
+        raise RunError(f"{wrong} is NaN or infinite, which is no figure; nothing was added to {path}")
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+def _not_finite(value, name: str = "") -> str:
+    """The name of the first number in `value` that is not finite, as in "metrics top1"; empty where there is none."""
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, (list, tuple)):
+        inner = enumerate(value)
+    else:
+        return name if isinstance(value, float) and not math.isfinite(value) else ""
+    return next(filter(None, (_not_finite(v, f"{name} {k}".strip()) for k, v in inner)), "")
 
 
 def read_metrics(folder: Path) -> list[dict]:

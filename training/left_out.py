@@ -9,7 +9,7 @@ def add(folder: Path, lines) -> None:
     """Add those of `lines` that the file does not have."""
     path = folder / "left_out.txt"
     there = path.read_text().splitlines() if path.exists() else []
-    new = dict.fromkeys(line.replace("\n", "\\n") for line in lines)
-    new = [line for line in new if line not in set(there)]
+    listed = dict.fromkeys(line.replace("\n", "\\n") for line in lines)
+    new = [line for line in listed if line not in set(there)]
     if new:
         run_folder.write(path, lambda file: file.write_text("\n".join([*there, *new]) + "\n"))

@@ -115,3 +115,41 @@ def test_against_sim_wants_a_plain_run():
     found = [{"config": dict(method="a", sim_weight=0.0, seed=0), "results": {"knn": ({}, {"top1": 1.0})}}]
     by = ["method", "sim_weight"]
     assert against_sim(values_of(found, by), by) == []
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("[1, 2]", r"study/sim0/results.jsonl: line 4 is \[1, 2\], no result; want an object"),
+        ("3", "results.jsonl: line 4 is 3, no result"),
+        ("null", None),
+        ('{"protocol": "knn"}', "--runs study/sim0: a line of its results.jsonl has no protocol, settings or metrics"),
+        ('{"protocol": "knn", "settings": [], "metrics": {}}', "has no protocol, settings or metrics"),
+        ('{"protocol": "knn", "settings": {}, "metrics": {"top1": NaN}}', "--runs study/sim0: knn top1 is nan in its"),
+        ('{"cut', "cut off and is left out"),
+    ],
+)
+def test_lines_that_are_no_results_are_named(study, capsys, line, message):
+    with open("study/sim0/results.jsonl", "a") as file:
+        file.write(line + "\n")
+    if line[:5] == '{"cut':
+        compare(runs="study/*", out="found")
+        assert message in capsys.readouterr().err
+        return
+    with pytest.raises(UserError, match=message or "line 4 is null, no result"):
+        compare(runs="study/*", out="found")
+    assert not Path("found").exists()
+
+
+def test_only_the_final_weights_are_compared(study):
+    for run_name in ("study/sim0/checkpoints/step_000010", "study/sim0/early.safetensors"):
+        write_result(Path("study/sim0"), "knn", "cifar", dict(run=run_name, k=20, seed=0), {"top1": 0.0})
+    rows = json.loads((compare(runs="study/*", out="found") / "compare.json").read_text())["rows"]
+    assert next(r for r in rows if r["sim_weight"] == 1)["knn top1"]["mean"] == pytest.approx(sum(SIM) / 3)
+
+
+@pytest.mark.parametrize("config, message", [("[1]", "config.json is damaged"), ('{"seed": 1}', "has no method")])
+def test_a_config_of_something_else_is_named(study, config, message):
+    Path("study/sim0/config.json").write_text(config)
+    with pytest.raises(UserError, match=f"--runs study/sim0: .*{message}"):
+        compare(runs="study/*")

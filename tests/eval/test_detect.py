@@ -17,11 +17,13 @@ from datasets import Dataset, Features, List, Value
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval.boxes import VOC_CLASSES, Batches, average_precision, mask_of, open_scenes, picture, run_lengths
+from eval.boxes import VOC_CLASSES, Batches, average_precision, open_scenes, picture
+from eval.coco import mask_of, run_lengths
 from eval.detect import RECIPES, _lr, _settings, detect
 from eval.detector import detector
 from eval.results import read_results
-from flags import UserError
+from eval.settings import Detection
+from flags import Given, UserError
 from methods.networks import backbone
 from tests.eval.scenes import coco_folder, scene, voc_folder
 from training import folder as run_folder
@@ -183,7 +185,7 @@ def edit(**values):
                 content["categories"].append({"id": 4, "name": "letter"})
                 or [each.update(category_id=4) for each in content["annotations"]]
             ),
-            "class digit is only in the images to be judged by",
+            "class digit is only in the images to evaluate on",
         ),
     ],
 )
@@ -322,23 +324,22 @@ def test_a_batch_is_the_same_however_many_processes_share_it(place):
 
 
 def settings(**given):
-    names = detect.__code__.co_varnames[: detect.__code__.co_argcount]
-    return _settings(dict(zip(names, detect.__defaults__)) | dict(run="resnet_tiny", init="random") | given)[0]
+    return _settings(Detection(**dict(run="resnet_tiny", init="random") | given), Given({}, {}))[0]
 
 
 def test_the_schedules_are_mocos(place):
     s = settings(task="voc")
-    assert (s["steps"], s["milestones"], s["warmup_steps"]) == (24_000, [18_000, 22_000], 100)
-    assert s["sides"] == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] and s["max_size"] == 1333
+    assert (s.steps, s.milestones, s.warmup_steps) == (24_000, [18_000, 22_000], 100)
+    assert s.sides == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] and s.max_size == 1333
     rates = [_lr(step, s) for step in (0, 49, 100, 17_999, 18_000, 22_000, 23_999)]
     assert rates == pytest.approx([0.0002, 0.01, 0.02, 0.02, 0.002, 0.0002, 0.0002])
     s = settings(task="coco")
-    assert (s["steps"], s["milestones"], s["sides"]) == (90_000, [60_000, 80_000], [640, 672, 704, 736, 768, 800])
+    assert (s.steps, s.milestones, s.sides) == (90_000, [60_000, 80_000], [640, 672, 704, 736, 768, 800])
     s = settings(task="coco", schedule="2x")
-    assert (s["steps"], s["milestones"]) == (180_000, [120_000, 160_000])
+    assert (s.steps, s.milestones) == (180_000, [120_000, 160_000])
     s = settings(task="voc", steps=2400, batch_size=32)
-    assert (s["milestones"], s["warmup_steps"], s["peak_lr"]) == ([1800, 2200], 100, 0.04)
-    assert settings(task="voc", steps=60)["warmup_steps"] == 6
+    assert (s.milestones, s.warmup_steps, s.peak_lr) == ([1800, 2200], 100, 0.04)
+    assert settings(task="voc", steps=60).warmup_steps == 6
     assert all(0 < recipe.drops[0] < recipe.drops[1] < 1 for recipe in RECIPES.values())
 
 
@@ -444,7 +445,7 @@ def test_a_signal_saves_and_says_how_to_go_on(place):
     "flags, said",
     [
         (dict(run="resnet50", init="run"), "a timm name brings no weights; say --init random or --init imagenet"),
-        (dict(init="imagenet"), "has the stem for 64 pixels or fewer"),
+        (dict(init="imagenet"), "has the stem for up to 64 pixels"),
         (dict(run="resnet18", init="imagenet"), "timm's weights of resnet18 cannot be had"),
         (dict(run="vit_tiny_patch16_224"), "detection wants a ResNet"),
         (dict(run="nowhere/at/all"), "no such folder or file"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +16,17 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
 import data
+import train
 from bsim import ViewRecipe, make_view
-from eval.features import topk_accuracy
+from eval.features import refuse_not_finite, topk_accuracy
+from eval.geometry import geometry
 from eval.knn import knn, knn_log_votes, knn_predict, knn_votes
 from eval.linear import choose_strength, fingerprint, fit_logistic, linear
 from eval.results import read_results, write_result
-from eval.semi import balanced_part, semi
+from eval.semi import balanced_part, listed_part, semi
 from eval.settings import KNN
 from eval.weights import load_backbone
-from flags import UserError, help_text
+from flags import RunError, UserError, help_text
 from tests.test_data import folder, picture, table
 from train import pretrain
 from training import folder as run_folder
@@ -331,3 +334,177 @@ def test_two_processes_evaluate_as_one(run):
     # Each image is drawn by another generator, so the two are alike, not equal; and one line is written, not two.
     assert abs(last_line(run)["metrics"]["top1"] - alone["top1"]) < 4
     assert done.stdout.count("added to") == 1
+
+
+# What is no figure.
+
+
+def changed_run(run, place, change):
+    """A copy of a run whose backbone.safetensors holds what `change` makes of the weights."""
+    shutil.copytree(run, place / "changed", ignore=shutil.ignore_patterns("results.jsonl"))
+    weights = load_file(run / "backbone.safetensors")
+    save_file({k: change(k, v) for k, v in weights.items()}, place / "changed" / "backbone.safetensors")
+    return place / "changed"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "protocol, options",
+    [(knn, {}), (linear, {}), (linear, dict(protocol="sgd", epochs=1)), (semi, dict(epochs=1)), (geometry, {})],
+)
+def test_features_that_are_not_finite_are_no_figure(run, place, protocol, options, value):
+    bad = changed_run(run, place, lambda k, v: torch.full_like(v, value) if k == "layer4.0.bn2.bias" else v)
+    with pytest.raises(RunError, match="features .*are NaN or infinite") as error:
+        protocol(run=str(bad), **options)
+    assert error.value.code == 1 and "\n" not in str(error.value) and not (bad / "results.jsonl").exists()
+
+
+def test_only_images_with_such_features_are_counted_and_unreadable_ones_are_not():
+    refuse_not_finite(torch.ones(4, 3))
+    values = torch.ones(5, 3)
+    values[1, 2], values[3, 0], values[3, 1] = torch.nan, torch.inf, -torch.inf
+    with pytest.raises(RunError, match="the features of 2 of 5 images"):
+        refuse_not_finite(values)
+
+
+def test_knn_during_training_refuses_them_too(place, monkeypatch):
+    """Running statistics that overflow leave the loss as it is: the network of NaN is met by k-NN alone."""
+    whole = train.average_statistics
+    monkeypatch.setattr(
+        train, "average_statistics", lambda method: (whole(method), method.backbone.bn1.running_mean.fill_(torch.nan))
+    )
+    with pytest.raises(RunError, match="are NaN or infinite"):
+        pretrain(method="simclr", batch_size=64, steps=2, eval_every=2, out="run")
+    assert not (place / "run" / "backbone.safetensors").exists() and not list(place.glob("run/checkpoints/step_*"))
+
+
+@pytest.mark.parametrize(
+    "protocol, options",
+    [
+        (semi, dict(epochs=6, lr=1e6)),
+        (linear, dict(protocol="sgd", epochs=2, lr=1e30)),
+        (linear, dict(protocol="sgd", epochs=2, preset="simsiam", lr=1e12)),
+    ],
+)
+def test_a_classifier_that_diverges_is_no_accuracy(run, protocol, options):
+    before = (run / "results.jsonl").read_text() if (run / "results.jsonl").exists() else ""
+    with pytest.raises(RunError, match="the classifier has diverged: its loss .* try a lower --lr"):
+        protocol(run=str(run), **options)
+    assert before == ((run / "results.jsonl").read_text() if before else "")
+
+
+def test_a_number_that_json_has_not_is_named_and_not_written(place):
+    with pytest.raises(RunError, match="metrics shares 1 is NaN or infinite"):
+        write_result(place, "geometry", "digits", {}, {"top1": 1.0, "shares": [0.5, float("nan")]})
+    with pytest.raises(RunError, match="loss is NaN or infinite"):
+        run_folder.append_metrics(place, {"step": 3, "loss": float("inf")})
+    assert not list(place.iterdir())
+
+
+def test_results_that_cannot_be_written_are_found_before_the_work(run, place, monkeypatch):
+    (place / "results.jsonl").mkdir()
+    monkeypatch.setattr(data, "open_labelled", lambda *_, **__: pytest.fail("the work began"))
+    with pytest.raises(UserError, match="results.jsonl, where the result goes, cannot be written") as error:
+        knn(run="resnet_tiny", image_size=16, dataset="digits")
+    assert error.value.code == 2
+    with pytest.raises(RunError, match="results.jsonl cannot be written .*'top1': 61.5"):
+        write_result(place, "knn", "digits", {}, {"top1": 61.5})
+
+
+def test_one_image_a_class_leaves_nothing_to_choose_by(place):
+    labelled(place, "few", [0, 1], [0, 1])
+    with pytest.raises(UserError, match="--dataset few: 2 images of 2 classes .* want two or more of a class"):
+        linear(run="resnet_tiny", image_size=16, dataset="few")
+    assert choose_strength(np.eye(3, dtype=np.float32), np.array([0, 0, 1]), 0)[0] > 0
+    with pytest.raises(UserError, match="2 images of 1 classes"):
+        choose_strength(np.eye(2, dtype=np.float32), np.array([1, 1]), 0)
+
+
+# What a file has.
+
+
+def test_a_file_that_does_not_fit_is_said_to_have_what_it_has(run, place):
+    weights = load_file(run / "backbone.safetensors")
+    head = {"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}
+    plain = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+    small = weights | {"conv1.weight": torch.ones(24, 3, 7, 7)}
+    for name, content, message in (
+        (
+            "moco",
+            {f"module.encoder_{x}.{k}": v.clone() for x in "kq" for k, v in {**plain, **head}.items()}
+            | {"module.queue": torch.ones(2)},
+            "their names begin with module.encoder_k. or module.encoder_q.; 1 others, such as module.queue, do not; "
+            "there is a head, module.encoder_k.fc.bias and module.encoder_k.fc.weight; 13 num_batches_tracked",
+        ),
+        ("ddp", {f"module.{k}": v for k, v in weights.items()}, "pixels: their names begin with module.$"),
+        ("head", weights | head, "2 of its weights do not fit .*pixels: there is a head, fc.bias and fc.weight$"),
+        ("bare", plain, "pixels: 13 num_batches_tracked of batch norm are not there$"),
+        ("stem", small, "pixels: conv1.weight is 24 x 3 x 7 x 7, want 64 x 3 x 3 x 3$"),
+    ):
+        save_file(content, f"{name}.safetensors")
+        with pytest.raises(UserError, match=message) as error:
+            load_backbone(f"{name}.safetensors", architecture="resnet_tiny", image_size=16)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, zipped", [("a.pth", True), ("old.pth.tar", False)])
+def test_a_file_of_torch_save_is_said_to_be_one(place, name, zipped):
+    torch.save({"epoch": 3, "state_dict": {"module.w": torch.ones(2)}}, name, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="by torch.save and holds 1 tensors in state_dict, such as module.w; want a"):
+        load_backbone(name)
+
+
+# Lists of files.
+
+
+@pytest.fixture
+def three_folders(place):
+    """Three class folders of images that share their names."""
+    for number, name in enumerate(("ant", "bee", "cat")):
+        for i in range(12):
+            path = place / "zoo" / "train" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(number * 12 + i, 70, 80).save(path)
+            if i < 2:
+                (place / "zoo" / "test" / name).mkdir(parents=True, exist_ok=True)
+                picture(100 + i, 70, 80).save(place / "zoo" / "test" / name / f"t{i}.png")
+    return data.open_labelled(str(place / "zoo"))[0]
+
+
+def test_a_line_names_one_image_by_its_path(three_folders, place):
+    def part(*lines):
+        (place / "list.txt").write_text("\n".join(lines))
+        rows = three_folders.rows[listed_part(three_folders, "list.txt")].tolist()
+        paths = [Path(three_folders.images.table[row]["image"]["path"]) for row in rows]
+        return sorted(f"{path.parent.name}/{path.name}" for path in paths)
+
+    wanted = ["ant/3.png", "ant/4.png", "bee/3.png", "bee/5.png", "cat/0.png", "cat/1.png"]
+    assert part(*wanted) == wanted
+    assert part(*(f"train/{name}" for name in wanted)) == wanted
+    assert part(*(f"./{name}" for name in wanted), "", wanted[0], f"train/{wanted[0]}") == wanted
+    assert part(*(str(place / "zoo" / "train" / name) for name in wanted)) == wanted
+    with pytest.raises(UserError, match=r"3.png names 3 images, such as .*3.png and .*write more of the path, as in"):
+        part("ant/4.png", "3.png")
+    with pytest.raises(UserError, match="--files list.txt: the split has no image dog/3.png$"):
+        part("dog/3.png", "ant/4.png")
+    with pytest.raises(UserError, match="--files list.txt: is empty; want a list of file names"):
+        part("", "  ")
+    with pytest.raises(UserError, match="--files list.txt: names one image; want two or more"):
+        part("ant/4.png")
+    (place / "list.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="--files list.txt: cannot be read"):
+        listed_part(three_folders, "list.txt")
+
+
+def test_features_show_how_many_images_a_second(run, capsys):
+    knn(run=str(run))
+    said = capsys.readouterr().err
+    assert "features: 100%" in said and "1618/1618" in said and "179/179" in said and " images/s" in said
+
+
+def test_the_first_decoding_of_small_images_shows_it_too(place, capsys):
+    table(30).to_parquet(place / "small.parquet")
+    for first in (True, False):
+        data.open_labelled("small.parquet")
+        said = capsys.readouterr().err
+        assert (("decoding: 100%" in said) and ("30/30" in said) and (" images/s" in said)) == first, said

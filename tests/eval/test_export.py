@@ -293,3 +293,37 @@ def test_a_checkpoint_is_exported_beside_its_run(place):
     target = export(run=str(step), format="torchvision")
     assert target == folder / "export" / "torchvision.safetensors"
     assert same(features(load_backbone(str(target), architecture="resnet18", image_size=96).network, 96), wanted)
+    for place_of, top1 in ((folder, 11.0), (step, 22.0), (folder / "checkpoints" / "step_000020", 33.0)):
+        write_result(folder, "knn", "x", {"run": str(place_of), "seed": 5}, {"top1": top1})
+    write_result(folder, "knn", "x", {"run": str(folder / "backbone.safetensors"), "seed": 5}, {"top1": 44.0})
+    write_result(folder, "knn", "x", {"run": f"{step}/", "seed": 5}, {"top1": 55.0})
+    steps = {}
+    for run, figures in ((folder, ["11.00", "44.00"]), (step, ["22.00", "55.00"])):
+        text = (export(run=str(run), format="hub", out=f"{run.name}-hub") / "README.md").read_text()
+        assert re.findall(r"top1 (\d+.\d+)", text) == figures
+        steps[run] = re.findall(r"\| steps +\| (\d+) ", text)
+        assert (", at step 10, a checkpoint before its end" in text) == (run == step)
+    assert steps == {folder: ["1234"], step: ["10"]}
+
+
+def test_small_numbers_of_the_card_are_exact(place):
+    folder, _ = a_run(place, "test_resnet", 80)
+    changed = {"weight_decay": 1e-6, "lr": 0.0003, "alpha": 1.0, "epochs": 0.12345}
+    run_folder.write_json(folder / "config.json", {**run_folder.config_of(folder), **changed})
+    text = (export(run=str(folder), format="hub") / "README.md").read_text()
+    found = dict(re.findall(r"^\| (\w+) +\| (\S+) ", text, re.M))
+    assert {k: float(found[k]) for k in changed} == changed and found["weight_decay"] == "1e-06"
+    assert found["alpha"] == "1.00"
+
+
+def test_the_card_of_a_file_does_not_say_random(place):
+    folder, _ = a_run(place, "test_resnet", 80)
+    (folder / "config.json").unlink()
+    given = dict(run=str(folder / "backbone.safetensors"), backbone="test_resnet", image_size=80)
+    text = (export(**given, format="hub") / "README.md").read_text()
+    assert "A backbone with the weights of backbone.safetensors; it has no classifier." in text
+    text = (export(run="test_resnet", format="hub") / "README.md").read_text()
+    assert "A backbone with random weights;" in text
+    # The config.json of the Hub beside a file is not a run's.
+    given = dict(run=str(folder / "export" / "hub" / "model.safetensors"), backbone="test_resnet", image_size=80)
+    assert load_backbone(given["run"], architecture="test_resnet", image_size=80).config == {}

@@ -1,6 +1,7 @@
 """Measures of the sphere against closed forms, and the picture that lays runs side by side."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import data
 from bsim import ViewRecipe, make_view
-from eval.geometry import effective_rank, geometry, measures, name_of, variance_shares
+from eval.geometry import effective_rank, geometry, measures, name_of, unit, variance_shares
 from eval.results import read_results
-from eval.weights import load_backbone, load_method
+from eval.weights import Backbone, load_backbone, load_method
 from flags import UserError
 from loading.batches import generator
+from methods.networks import backbone
+from tests.test_data import picture
 from train import pretrain
 
 
@@ -44,7 +48,7 @@ def test_measures_of_known_clouds():
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     place = tmp_path_factory.mktemp("geometry")
-    options = dict(method="byol", batch_size=64, steps=12, eval_every=0)
+    options = dict(method="byol", batch_size=64, steps=12, eval_every=0, checkpoint_every=6)
     return [str(pretrain(**options, sim_weight=w, out=str(place / f"w{w:g}"))) for w in (1.0, 0.0)]
 
 
@@ -89,6 +93,93 @@ def test_refusals(pair):
     for options, message in (
         (dict(images=5), "--images 5: want 100 or more"),
         (dict(beside="nowhere/x"), "nowhere/x: no such folder"),
+        (dict(out="nowhere/a.png"), "--out nowhere/a.png: there is no folder nowhere"),
     ):
         with pytest.raises(UserError, match=message):
             geometry(run=pair[0], **options)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, -1e-20, 1e20])
+def test_a_collapsed_network_has_rank_1_and_shares_that_are_numbers(value):
+    constant = torch.full((50, 8), value) * torch.linspace(0.5, 2, 8)
+    unequal = constant * (1 + 1e-7 * torch.randn(50, 8, generator=torch.Generator().manual_seed(0)))  # by rounding
+    for x in (constant, unequal, F.normalize(constant.double(), dim=1).float()):
+        assert effective_rank(x) == 1
+        assert variance_shares(x).tolist() == [1] + [0] * 7
+    x = unit(constant)
+    found = measures(x, x, x)
+    assert found["alignment"] == found["uniformity"] == 0 or value != 0
+    assert (found["effective_rank"], found["variance_1"], found["variance_10"]) == (1, 100, 100)
+
+
+def test_features_of_any_size_have_length_1():
+    x = torch.tensor([[3e30, 4e30], [3e-30, 4e-30], [3.0, 4.0]])  # whose squares float32 cannot hold
+    torch.testing.assert_close(unit(x)[[0, 2]], torch.tensor([[0.6, 0.8]] * 2))
+
+
+def test_a_checkpoint_is_measured_and_not_the_last_one(pair):
+    folder = Path(pair[0])
+    numbers = {}
+    for name in ("step_000006", "step_000012"):
+        path = folder / "checkpoints" / name
+        numbers[name] = geometry(run=str(path), images=100)
+        saved = load_file(path / "method.safetensors")
+        loaded = load_backbone(str(path))
+        method = load_method(loaded)
+        for key, value in loaded.network.state_dict().items():
+            assert torch.equal(value, saved[f"backbone.{key}"])
+        for key, value in method.projector.state_dict().items():
+            assert torch.equal(value, saved[f"projector.{key}"])
+        rows = data.open_labelled("digits", seed=0)[1]
+        rows = rows, rows.rows[torch.randperm(179, generator=generator(0, 3))[:100].sort().values]
+        clean = ViewRecipe(16, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
+        view = make_view(rows[0].images.whole(rows[1], None)[0], clean, generator=torch.Generator())
+        with torch.no_grad():
+            x = loaded.network.eval()(view)
+            both = {"": x, "embedding_": method.projector.eval()(x)}
+        for prefix, features in both.items():
+            wanted = effective_rank(F.normalize(features, dim=1))
+            assert numbers[name][prefix + "effective_rank"] == pytest.approx(wanted, rel=1e-4)
+    assert numbers["step_000006"]["effective_rank"] != numbers["step_000012"]["effective_rank"]
+    again = geometry(run=pair[0], images=100)
+    assert again == numbers["step_000012"]
+
+
+def test_weights_that_were_replaced_are_measured_as_the_file_says(pair, place, capsys):
+    shutil.copytree(pair[0], place / "run")
+    other = load_file(Path(pair[1]) / "backbone.safetensors")
+    save_file(other, place / "run" / "backbone.safetensors")
+    found = geometry(run="run", images=100)
+    wanted = geometry(run=pair[1], images=100)
+    for name in ("uniformity", "effective_rank", "variance_1"):
+        assert found[name] == wanted[name]
+    assert not any(name.startswith("embedding_") for name in found)  # the projector is of other weights
+    assert "run: embedding_... is left out" in capsys.readouterr().out
+    last = place / "run" / "checkpoints" / "step_000012" / "method.safetensors"
+    last.write_bytes(last.read_bytes()[:3000])
+    lines = read_results(place / "run")
+    with pytest.raises(UserError, match="--run run: run/checkpoints/step_000012/method.safetensors is damaged"):
+        geometry(run="run", images=100)
+    assert read_results(place / "run") == lines
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_fewer_images_than_neighbours(place, capsys, count):
+    for split, each in (("train", 6), ("test", count)):
+        for name in ("cat", "dog")[: 1 if count == 1 and split == "test" else 2]:
+            for i in range(each):
+                path = place / "pets" / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture(i, 70, 80).save(path)
+    found = geometry(run="resnet_tiny", image_size=16, dataset="pets", workers=0, out="few.png")
+    assert Path("few.png").exists() == (count == 3)
+    assert ("only the alignment" in capsys.readouterr().out) == (count == 1)
+    assert list(found) == ["alignment"] if count == 1 else 1 <= found["effective_rank"] <= 5
+
+
+def test_weights_of_a_file_are_not_called_random(pair, place):
+    shutil.copy(Path(pair[0]) / "backbone.safetensors", "mine.safetensors")
+    loaded = load_backbone("mine.safetensors", architecture="resnet_tiny", image_size=16)
+    assert name_of(loaded, "mine.safetensors") == "mine.safetensors"
+    random = Backbone(backbone("resnet_tiny", 16), "resnet_tiny", 16, Path(), {})
+    assert name_of(random, "resnet_tiny") == "resnet_tiny, random weights"

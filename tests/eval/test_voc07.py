@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, Features, List, Value
+from PIL import Image
 from torch import nn
 
 import eval.voc07 as module
@@ -334,11 +335,11 @@ def broken(place):
         (lambda root: (root / "ImageSets/Main/test.txt").unlink(), "has no image set test .looked for .*Main/test.txt"),
         (lambda root: (root / "ImageSets/Main/test.txt").write_text("\n"), "image set test is empty"),
         (lambda root: (root / "JPEGImages/000003.jpg").unlink(), "image 000003 of trainval is missing .*000003.jpg"),
-        (lambda root: (root / "Annotations/000005.xml").unlink(), "annotation .*000005.xml cannot be read"),
-        (lambda root: (root / "Annotations/000005.xml").write_text("<annotation>"), "000005.xml cannot be read"),
+        (lambda root: (root / "Annotations/000005.xml").unlink(), "annotation .*000005.xml: cannot be read"),
+        (lambda root: (root / "Annotations/000005.xml").write_text("<annotation>"), "000005.xml: cannot be read"),
         (
             lambda root: (root / "Annotations/000005.xml").write_text("<annotation><object/></annotation>"),
-            "000005.xml cannot be read",
+            "000005.xml: cannot be read",
         ),
     ],
 )
@@ -359,8 +360,8 @@ def test_a_corrupt_image_is_named_in_one_line_with_code_2(broken, monkeypatch, c
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as stopped:
         flags.launch(voc07, "eval.voc07")
-    said = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and len(said.splitlines()) == 1
+    *bars, said = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and all(bar.startswith("features: ") for bar in bars if bar)
     file = root / "JPEGImages" / "000007.jpg"
     assert said == (
         f"eval.voc07: --data: image {file} of trainval cannot be read (cannot identify image file), and 1 more"
@@ -371,9 +372,11 @@ def test_a_class_without_a_positive_image(broken):
     root = broken / "VOC2007"
     for i in range(1, 53):
         annotate(root, f"{i:06d}", [("dog" if i % 2 else "cat", "0"), *[("cow", "1")] * (i == 4)])
+    annotate(root, "000050", [("cow", "0")])
     with pytest.raises(UserError, match="class cow has no positive image in trainval"):
         voc07(run="resnet_tiny", data=str(broken), workers=0)
     annotate(root, "000004", [("cow", "0")])
+    annotate(root, "000050", [("cat", "0")])
     with pytest.raises(UserError, match="class cow has no positive image in test"):
         voc07(run="resnet_tiny", data=str(broken), workers=0)
     annotate(root, "000050", [("cow", "0")])
@@ -403,3 +406,64 @@ def test_a_run_that_is_not_finished(place, digits):
     Path("run/config.json").write_text(json.dumps({"backbone": "resnet_tiny", "image_size": 16}))
     with pytest.raises(UserError, match="--run run: is not finished"):
         voc07(run="run", data=str(digits))
+
+
+def listed_dataset(place, image="image", **columns):
+    """A folder of parquet files with train and test, eight images each, and these columns."""
+    kinds = {k: List(Value("string" if isinstance(v[0][0], str) else "int64")) for k, v in columns.items()}
+    pixels = [Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)) for i in range(8)]
+    made = Dataset.from_dict({image: pixels, **columns}, features=Features({image: datasets.Image(), **kinds}))
+    (place / "set").mkdir()
+    for split in ("train", "test"):
+        made.to_parquet(place / "set" / f"{split}.parquet")
+    return str(place / "set")
+
+
+def test_the_commonest_name_of_an_image_column(place):
+    data = listed_dataset(place, classes=[["dog"], ["cat", "dog"]] * 4)
+    train, test = read_sets(data)
+    assert [set(found) for found in train.found] == [{"dog"}, {"cat", "dog"}] * 4 and train.images.whole(
+        torch.arange(8), 8
+    )[1].all()
+
+
+@pytest.mark.parametrize(
+    "lists, said",
+    [
+        ([[0, 1], [1, 0]] * 4, "column labels of train has 2 numbers of 0 and 1 for every image, as multi-hot vectors"),
+        ([[0, 0, 1], [1, 1, 1]] * 4, "column labels of train has 3 numbers of 0 and 1 for every image"),
+        ([[3, -1], [2]] * 4, "row 0 of train lists the class -1; want 0 or more"),
+        ([["dog", " "], ["cat"]] * 4, "row 0 of train lists a class without a name"),
+    ],
+)
+def test_lists_that_name_no_classes_are_refused(place, lists, said):
+    with pytest.raises(UserError) as caught:
+        read_sets(listed_dataset(place, labels=lists))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_two_classes_that_are_numbered_0_and_1_are_no_vectors(place):
+    train, _ = read_sets(listed_dataset(place, labels=[[0], [0, 1]] * 4))
+    assert [set(found) for found in train.found] == [{"0"}, {"0", "1"}] * 4
+
+
+def test_difficult_and_crowds_of_a_dataset(place):
+    data = listed_dataset(place, classes=[["dog", "cat"], ["cat", "cat"]] * 4, difficult=[[0, 1], [1, 0]] * 4)
+    train, _ = read_sets(data)
+    assert train.found == [{"dog": False, "cat": True}, {"cat": False}] * 4
+
+
+def test_a_class_that_is_only_difficult_has_no_precision(broken, capsys):
+    """As in VOC's own evaluation, which has no positive to find then; the others keep theirs."""
+    root = broken / "VOC2007"
+    for i in range(1, 53):
+        annotate(root, f"{i:06d}", [("dog" if i % 2 else "cat", "0")])
+    alone = voc07(run="resnet_tiny", data=str(broken), workers=0)
+    for i in range(1, 53):
+        cow = [("cow", "0" if i < 9 else "true")] * (i < 12 or i > 45)
+        annotate(root, f"{i:06d}", [("dog" if i % 2 else "cat", "0"), *cow])
+    found = voc07(run="resnet_tiny", data=str(broken), workers=0)
+    assert (
+        found["ap"] == alone["ap"]
+        and "note: class cow is only difficult in test, and is left out" in capsys.readouterr().out
+    )

@@ -31,6 +31,7 @@ def torchrun(place, processes, *words):
     return done
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_go_on_as_if_nothing_had_been(place):
     """SIGTERM to one of them: both finish the same step; and batch statistics, which differ, do not get lost."""
     words = "--method moco --split train[:200] --batch_size 32 --steps 60 --log_every 7 --eval_every 30".split()
@@ -79,6 +80,7 @@ def test_a_stream_of_two_processes_goes_on(place):
     assert "with another number of processes or workers the stream begins its next epoch" in said
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one(place):
     """On an uneven number of images; nothing is trained, so the random network's k-NN must agree."""
     words = "--split train[:101] --batch_size 32 --steps 1 --eval_every 1 --lr 1e-9".split()
