@@ -28,6 +28,7 @@ class Scenes(NamedTuple):
 
     images: Sequence  # {"bytes", "path"} of each, undecoded
     truth: dict  # "images" (id, file_name, width, height) in the order of `images`, "annotations", "categories"
+    pixel_range: tuple[float, float] | None = None  # of files of more than 8 bits
 
     def objects(self) -> list[list[dict]]:
         """The annotations of each image."""
@@ -172,7 +173,7 @@ def _add(truth, image, category, box, crowd=0):
 def picture(scenes: Scenes, row: int):
     """The image as uint8 [H, W, 3]. Raises UserError where it cannot be read, or has not the size that is written."""
     listed = scenes.truth["images"][row]
-    image = hub_boxes.decoded(scenes.images[row], listed["file_name"])
+    image = hub_boxes.decoded(scenes.images[row], listed["file_name"], scenes.pixel_range)
     if image.size != (listed["width"], listed["height"]):
         raise UserError(
             f"{listed['file_name']}: has {image.width} x {image.height} pixels, "

@@ -30,6 +30,7 @@ from eval.detector import detector
 from eval.weights import Backbone, load_backbone
 from flags import Given, UserError, command, defaults_of, first_line, flags_of, progress
 from loading.batches import VIEW, generator, made
+from loading.reading import range_of
 from methods.networks import SMALL_STEM, average_statistics
 from methods.networks import backbone as build_backbone
 from training import folder as run_folder
@@ -86,6 +87,10 @@ def detect(asked: Detection, given: Given) -> dict:
     torch.manual_seed(s.seed)  # random weights do not depend on whether a backbone was loaded before
     network = _initialised(loaded, s)
     train, test, note = open_scenes(s.task, s.data)
+    pair, lines = range_of({"the training set": train.images, "the test set": test.images}, loaded.config)
+    train, test = train._replace(pixel_range=pair), test._replace(pixel_range=pair)
+    for line in lines:
+        say(line)
     classes = [category["id"] for category in train.truth["categories"]]
     masks = s.task == "coco"
     batches = Batches(train, classes, masks, batch_size=s.batch_size, rank=rank, world=world, seed=s.seed)

@@ -86,9 +86,9 @@ def sizes_of(rows: datasets.Dataset, split: str) -> tuple[list[dict], list[tuple
     return images, [decoded(image, f"row {row} of {split}").size for row, image in enumerate(images)]
 
 
-def decoded(record: dict, name: str):
+def decoded(record: dict, name: str, pixel_range=None):
     """The image, or a UserError that names it."""
     try:
-        return decode(record)
+        return decode(record, pixel_range)
     except ValueError as error:
         raise UserError(f"{name}: is not an image that can be read ({error})") from None

@@ -38,6 +38,7 @@ from flags import Given, UserError, command, reading
 from loading import sources
 from loading.batches import generator
 from loading.images import LargeImages, decode
+from loading.reading import range_of
 
 COSTS = sorted([2.0**i for i in range(-19, -3)] + [10.0**i for i in range(-7, 3)])  # 26, as in the benchmark's code
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
@@ -312,6 +313,11 @@ def voc07(s: VOC07, given: Given) -> dict:
     check_writable(loaded.folder)
     train, test = read_sets(s.data)
     names, truth, asked = truths(train, test, s.folds)
+    pair, lines = range_of({part.name: part.images.table for part in (train, test)}, loaded.config)
+    for part in (train, test):
+        part.images.pixel_range = pair
+    for line in lines:
+        accelerator.print(line)
     for name in only_difficult(test):
         accelerator.print(f"note: class {name} is only difficult in {test.name}, and is left out")
     loaded.network.to(accelerator.device, memory_format=torch.channels_last).eval()
@@ -324,7 +330,7 @@ def voc07(s: VOC07, given: Given) -> dict:
     if accelerator.is_main_process:
         metrics, costs = _judge(accelerator.print, known, truth, queries, asked, names, s)
     resolved = {**asdict(s), "dataset": s.data, "workers": workers, "costs": costs}
-    resolved |= {"backbone": loaded.name, "image_size": loaded.image_size}
+    resolved |= {"backbone": loaded.name, "image_size": loaded.image_size, "pixel_range": pair}
     finish(accelerator, loaded.folder, "voc07", resolved, metrics)
     return metrics
 

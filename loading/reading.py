@@ -5,7 +5,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from flags import UserError, interval
 from loading import pixels
@@ -70,6 +70,15 @@ def of_stream(stream, skip_bad: bool, way: Way) -> tuple[Way, int, list[str]]:
     return made, side, _lines(seen, made, [])
 
 
+def range_of(parts: dict, config: dict) -> tuple[tuple[float, float] | None, list[str]]:
+    """(pixel range, lines on it) for an evaluation that reads images its own way: the run's, else from a sample.
+
+    parts: {name: sequence of undecoded images}.
+    """
+    pair, seen = _pixel_range(parts, True, way_of(config, own=False))
+    return pair, _lines(seen, Way(False, None, pair), [])
+
+
 def _images(rows, split, way, skip_bad, decides):
     if not way.small:
         return LargeImages(rows, split, skip_bad, way.pixel_range)
@@ -89,12 +98,12 @@ def _images(rows, split, way, skip_bad, decides):
 
 
 def _spread(rows, most) -> Iterator[tuple]:
-    """(row, record) of at most about `most` rows, spread over the dataset; of a stream, its first."""
-    if not isinstance(rows, Dataset):
-        yield from enumerate(islice(rows, most))
+    """(row, undecoded image) of at most about `most` rows, spread over the dataset; of a stream, its first."""
+    if isinstance(rows, IterableDataset):
+        yield from ((row, record["image"]) for row, record in enumerate(islice(rows, most)))
         return
     for row in range(0, len(rows), max(1, len(rows) // most)):
-        yield row, rows[row]
+        yield row, rows[row]["image"] if isinstance(rows, Dataset) else rows[row]
 
 
 def _shape(rows, split, skip_bad):
@@ -102,11 +111,11 @@ def _shape(rows, split, skip_bad):
     shapes = []
     for row, record in _spread(rows, SHAPES):
         try:
-            image = decode(record["image"])
+            image = decode(record)
             shapes.append((image.height, image.width))
         except ValueError as error:
             if not skip_bad:
-                raise bad_row(row, split, error, record["image"]) from None
+                raise bad_row(row, split, error, record) from None
     if not shapes:
         raise UserError(f"split {split}: no image in it can be read")
     return max(height for height, _ in shapes), max(width for _, width in shapes)
@@ -127,11 +136,11 @@ def _pixel_range(parts, skip_bad, way):
     for split, rows in parts.items():
         for row, record in _spread(rows, each):
             try:
-                found += _extremes(record["image"])
+                found += _extremes(record)
                 total += 1
             except ValueError as error:
                 if not skip_bad:
-                    raise bad_row(row, split, error, record["image"]) from None
+                    raise bad_row(row, split, error, record) from None
     if way.pixel_range is not None or not found:
         return way.pixel_range, Seen(total, found, "--pixel_range" if way.flag else "the run's")
     low, high = min(low for low, _, _ in found), max(high for _, high, _ in found)

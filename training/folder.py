@@ -223,7 +223,8 @@ def save_checkpoint(folder: Path, step: int, method, optimizer: dict, state: dic
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's errors
         shutil.rmtree(aside, ignore_errors=True)
         last = last_checkpoint(folder)
-        left = f"{last} is whole; make room, then --resume {folder}" if last else "there is no earlier one"
+        no_other = f"there is no earlier one; make room in {folder}, then --resume {folder}"
+        left = f"{last} is whole; make room, then --resume {folder}" if last else no_other
         raise RunError(f"the checkpoint of step {step} cannot be written ({error}); {left}") from error
     _flush(path.parent)
     for old in _checkpoints(folder)[:-keep]:

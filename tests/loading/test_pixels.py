@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 
 import data
+from bsim import ViewRecipe
+from eval.boxes import Scenes
+from eval.boxes import picture as scene_picture
 from eval.knn import knn
 from flags import UserError
-from loading import images, pixels
+from loading import batches, images, pixels, reading
 from train import pretrain
 
 RAMP = np.linspace(0, 1, 24 * 24).reshape(24, 24)
@@ -189,3 +192,32 @@ def test_a_run_keeps_its_range_for_resume_and_evaluations(place, capsys):
     assert json.loads(Path("run/results.jsonl").read_text())["settings"]["pixel_range"] == [0, 4000]
     knn(run="run", pixel_range="0,3000")
     assert "pixel values 0 to 3000 (--pixel_range)" in capsys.readouterr().out
+
+
+def test_evaluations_that_read_images_their_own_way_take_the_range_too(place):
+    """As eval.voc07 and eval.detect do: the run's, else one from a sample of all their images."""
+    path = Path(ramps(place, np.uint16, [2000], ending="png", side=70, count=4))
+    records = [{"bytes": None, "path": str(file)} for file in sorted(path.rglob("*.png"))]
+    pair, lines = reading.range_of({"one": records[:2], "two": records[2:]}, {})
+    assert pair == (0, 4095)
+    assert lines == ["pixel values 0 to 4095 (12-bit, from a sample of 4 images) become 0 to 255"]
+    pair, lines = reading.range_of({"one": records}, {"pixel_range": [0, 1000]})
+    assert pair == (0, 1000) and "(the run's)" in lines[0] and lines[0].endswith("in 4 of 4 images of the sample")
+    scenes = Scenes(records, {"images": [{"file_name": "x", "width": 70, "height": 70}] * 4}, (0, 4095))
+    assert scene_picture(scenes, 0).max() == round(2000 * 255 / 4095)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_clipped_images_are_counted_while_large_ones_are_read(place, workers):
+    path = ramps(place, np.float32, [1, 1, 1.02], side=70)
+    for streaming in (False, True):
+        source = data.open_source(path, label_column="none", streaming=streaming)
+        options = dict(part_size=12, rank=0, world=1, seed=0)
+        recipes = (ViewRecipe(16), ViewRecipe(16))
+        if streaming:
+            made = batches.StreamBatches(source, recipes, **options, readers=max(1, workers), skip_bad=False)
+        else:
+            made = batches.Batches(source, recipes, **options, batch_size=12)
+        feed = batches.Feed(made, 0, 1, 0 if streaming else workers, pin=False)
+        next(feed)
+        assert feed.clipped == 4
