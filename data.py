@@ -223,6 +223,9 @@ def open_labelled(
         notes.append(f"split {eval_split} has no labels: a tenth of {split} is held out, and is the evaluation set")
     with opening(dataset):
         images, _, _, said = reading.of_rows(parts, skip_bad_images, way)
+    for wanted, of in images.items():
+        if of.bad:
+            said.append(f"left out {files.counted(len(of.bad), 'image')} of split {wanted} that cannot be read")
     opened = []
     for wanted, rows in parts.items():
         numbers = images[wanted].labels(torch.arange(len(images[wanted])))

@@ -1,11 +1,13 @@
 """Features of labelled images, computed by every process for its share, and the accuracy of scores."""
 
 import torch
+from torch import nn
 
 import data
 from bsim import ViewRecipe, make_view
 from flags import RunError, progress
 from loading import batches
+from loading.files import counted
 
 
 @torch.no_grad()
@@ -54,6 +56,9 @@ def labelled_features(task, part: data.Labelled, network=None):
         task.accelerator, network, part[:2], image_size=task.backbone.image_size, workers=task.workers
     )
     good = known >= 0
+    if not good.all() and isinstance(network, nn.Module):  # pixels come after the network, of the same images
+        bad, of = counted(int((~good).sum()), "image"), "training" if part is task.train else "evaluation"
+        task.say(f"left out {bad} of the {of} set that cannot be read")
     return found[good], part.labels.to(found.device)[good]
 
 

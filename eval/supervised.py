@@ -59,7 +59,7 @@ def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         bar.update()
     bar.close()
-    bad = sorted(set(gather_object(sorted(feed.bad))))
+    bad = sorted(set(gather_object(sorted(feed.bad - train.images.bad))))  # small ones were said
     if bad:
         task.say(
             f"left out {counted(len(bad), 'image')} that cannot be read: {'; '.join(bad[:4])}{'; ...' * (len(bad) > 4)}"

@@ -11,6 +11,7 @@ from torch import nn
 
 import data
 from eval import supervised
+from eval.features import labelled_features
 
 
 @pytest.mark.parametrize("side", [24, 70])
@@ -49,12 +50,15 @@ def test_with_bad_images_the_label_is_that_of_the_image_that_was_read(place, mon
     descent = torch.optim.SGD(model.parameters(), lr=0.1)
     supervised.fit(task, model, train.rows, descent, epochs=3, batch_size=len(train.rows))
     assert len(shown) == 3
-    held = set(test.rows.tolist())
     bad = [line for line in said if "cannot be read" in line]
-    assert len(bad) == 1 and bad[0].startswith("left out ") and ".png" in bad[0]
     if side == 24:
-        assert bad[0].startswith("left out 4 images that cannot be read: ")
+        assert "left out 4 images of split train that cannot be read" in train.found and not bad
     else:
         names = [train.images.table[i]["image"]["path"] for i in train.rows.tolist()]
         count = sum(name.endswith(("22.png", "23.png", "04.png", "01.png")) for name in names)
-        assert bad[0].startswith(f"left out {count} image") and held
+        assert len(bad) == 1 and bad[0].startswith(f"left out {count} image") and ".png" in bad[0]
+        whole = SimpleNamespace(**vars(task) | {"backbone": SimpleNamespace(image_size=16, network=model)})
+        found, labels = labelled_features(whole, train)
+        assert len(found) == len(labels) == len(train.rows) - count
+        assert torch.equal(labels, (found[:, 0] > 0).long())
+        assert said[-1].startswith(f"left out {count} image") and "of the training set" in said[-1]
