@@ -4,7 +4,6 @@ import math
 import os
 import re
 from collections import Counter
-from itertools import count
 from typing import NamedTuple
 
 import datasets
@@ -12,13 +11,15 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
 
-from flags import UserError, reading
-from loading import columns, files, sources
+from flags import UserError
+from loading import columns, files, reading, sources
 from loading.batches import ORDER, SPLIT, generator
 from loading.columns import features_of
-from loading.images import PIXELS, SMALL, LargeImages, SmallImages, TooLarge, bad_row, decode, limit, mark
+from loading.full_disk import opening
+from loading.images import PIXELS, LargeImages, SmallImages, limit, mark
+from loading.reading import OPEN, Way
 
-absolute = sources.absolute
+absolute, way_of = sources.absolute, reading.way_of
 BANK, QUERIES = 50_000, 10_000  # images of a k-NN evaluation, at most; a tenth of that from a stream
 DIGITS = dict(min_crop=0.6, flip=0.0)  # views of the digits: half a digit, or a mirrored one, is another or none
 
@@ -67,6 +68,7 @@ class Source(NamedTuple):
     found: tuple[str, ...] = ()  # what was found and left out, in lines
     left_out: tuple[str, ...] = ()  # each image that is not used, and why
     fingerprint: str | None = None  # of the relative names and sizes of local data
+    way: Way = OPEN  # how the images are read
 
     @property
     def images(self):
@@ -90,13 +92,15 @@ def open_source(
     seed: int = 0,
     remembered: bool = False,
     max_pixels: int | None = None,
+    way: Way = OPEN,
 ) -> Source:
     """Open `dataset` for pretraining. Raises UserError where it cannot be read or its columns are ambiguous.
 
     `remembered`: another process of this machine has just opened it, and what it listed is taken from the cache.
+    `way`: how the images are read, where a run recorded it.
     """
     limit(max_pixels or PIXELS)
-    with reading(f"--dataset {dataset}"):
+    with opening(dataset):
         opened = sources.opened(dataset, subset, streaming, skip_bad_images, remembered)
         names = dict(image=image_column, label=label_column)
         train = columns.chosen(_take_split(opened, split, dataset), f"{dataset}, {split}", **names)
@@ -106,36 +110,38 @@ def open_source(
             held_out = _take_split(opened, eval_split, dataset)
             held_out = columns.chosen(held_out, f"{dataset}, {eval_split}", **names, optional=True)
         if streaming:
-            source, notes = _stream_source(train, held_out, skip_bad_images, seed)
+            source, notes, said = _stream_source(train, held_out, skip_bad_images, seed, way)
         else:
             parts, notes = columns.numbered({split: train, eval_split: held_out})
-            source = _source(parts[split], split, parts[eval_split], eval_split, skip_bad_images, seed)
+            source, said = _source(parts, split, eval_split, skip_bad_images, seed, way)
     own = source.queries is not None and source.queries[0] is source.train
     if own and eval_split:
         notes.append(f"split {eval_split} has no labels: k-NN holds out a tenth of {split} in its place")
-    return _told(source, opened, dataset, split, notes)
+    return _told(source, opened, dataset, split, said, notes)
 
 
-def _source(train, split, held_out, eval_split, skip_bad_images, seed):
-    shape = _common_shape(train, split, skip_bad_images)
-    train = _by_row(train, split, shape, skip_bad_images)
+def _source(parts, split, eval_split, skip_bad_images, seed, way):
+    """(Source, lines on pixel values) of {split: rows}, of which the split to evaluate may be None."""
+    labelled = "label" in parts[split].column_names
+    usable = [k for k, v in parts.items() if k == split or v is not None and labelled and "label" in v.column_names]
+    images, way, side, said = reading.of_rows({name: parts[name] for name in usable}, skip_bad_images, way)
+    train, held_out = images[split], images.get(eval_split)
     rows = torch.randperm(len(train), generator=generator(seed, SPLIT))
-    labels = train.labels(rows) if "label" in train.table.column_names else torch.empty(0)
+    labels = train.labels(rows) if labelled else torch.empty(0)
     note = _unfit(labels)
     if note:
-        return Source(train, rows.sort().values, None, None, max(shape), note)
+        return Source(train, rows.sort().values, None, None, side, note, way=way), said
     queries = None
-    if held_out is not None and "label" in held_out.column_names:
-        held_out = _by_row(held_out, eval_split, shape, skip_bad_images)
+    if held_out is not None:
         picked = torch.randperm(len(held_out), generator=generator(seed, SPLIT))[:QUERIES]
         queries = (held_out, picked) if (held_out.labels(picked) >= 0).any() else None  # a Hub test set may say -1
     if queries is None:
         kept = min(QUERIES, len(rows) // 10)
         queries, rows = (train, rows[:kept]), rows[kept:]
-    return Source(train, rows.sort().values, (train, rows[:BANK]), queries, max(shape), None)
+    return Source(train, rows.sort().values, (train, rows[:BANK]), queries, side, None, way=way), said
 
 
-def _told(source, opened, dataset, split, notes):
+def _told(source, opened, dataset, split, said, notes):
     """`source` with what was found and left out of `split`."""
     base = split.partition("[")[0]
     left_out = [*opened.left_out.get("", []), *opened.left_out.get(base, [])]
@@ -159,7 +165,7 @@ def _told(source, opened, dataset, split, notes):
             used += "".join(f"; {damage}, what is after them is lost" for damage in damages)
         where = f"{'under' if os.path.isdir(opened.place or '') else 'in'} {files.shown(opened.place or dataset)}"
         lines.append(f"found {files.counted(total, 'image')}{classes} {where}{of}; {used}")
-    lines += [f"note: {note}" for note in (*opened.notes, *notes)]
+    lines += [*said, *(f"note: {note}" for note in (*opened.notes, *notes))]
     left_out += [(damage, "what is after them is lost") for damage in opened.damages.get(base, [])]
     listed = tuple(f"{files.shown(name)}: {reason}" for name, reason in left_out)
     return source._replace(found=tuple(lines), left_out=listed, fingerprint=opened.fingerprint)
@@ -188,6 +194,7 @@ def open_labelled(
     seed: int = 0,
     remembered: bool = False,
     max_pixels: int | None = None,
+    way: Way = OPEN,
 ) -> tuple[Labelled, Labelled]:
     """Open `dataset` for evaluation: images to learn from, and images to be judged by.
 
@@ -195,7 +202,7 @@ def open_labelled(
     seed held out. Raises UserError where there are no labels, or where the two have other classes.
     """
     limit(max_pixels or PIXELS)
-    with reading(f"--dataset {dataset}"):
+    with opening(dataset):
         found = sources.opened(dataset, subset, False, skip_bad_images, remembered)
         asked = eval_split
         eval_split = eval_split or _split_to_evaluate(found.splits, split)
@@ -214,13 +221,13 @@ def open_labelled(
         del parts[eval_split]  # a Hub test set may say -1 of all
     if eval_split and eval_split not in parts:
         notes.append(f"split {eval_split} has no labels: a tenth of {split} is held out, and is the evaluation set")
+    with opening(dataset):
+        images, _, _, said = reading.of_rows(parts, skip_bad_images, way)
     opened = []
     for wanted, rows in parts.items():
-        shape = opened[0][0].shape if opened and not opened[0][0].in_workers else None
-        images = _by_row(rows, wanted, shape or _common_shape(rows, wanted, skip_bad_images), skip_bad_images)
-        numbers = images.labels(torch.arange(len(images)))
+        numbers = images[wanted].labels(torch.arange(len(images[wanted])))
         names = rows.features["label"].names if isinstance(rows.features["label"], ClassLabel) else None
-        opened.append((images, numbers, names))
+        opened.append((images[wanted], numbers, names))
     if len(opened) == 1:
         rows = torch.randperm(len(opened[0][0]), generator=generator(seed, SPLIT))
         kept = min(QUERIES, len(rows) // 10)
@@ -230,7 +237,7 @@ def open_labelled(
     _same_classes(dataset, *parts)
     classes = parts[0][1][parts[0][3]]
     classes = classes[classes >= 0].unique()
-    notes, mark = tuple(f"note: {note}" for note in (*found.notes, *notes)), found.fingerprint
+    notes, mark = (*said, *(f"note: {note}" for note in (*found.notes, *notes))), found.fingerprint
     found = []
     for images, numbers, names, rows in parts:
         rows = rows[numbers[rows] >= 0]
@@ -263,18 +270,6 @@ def _split_to_evaluate(splits, split):
     return next((s for s in ("validation", "valid", "val", "test") if s in splits and s != base), None)
 
 
-def _by_row(rows, split, shape, skip_bad):
-    if max(shape) <= SMALL:
-        try:
-            images = SmallImages(rows, split, shape, skip_bad)
-            if len(images) == 0:
-                raise UserError(f"split {split}: no image in it can be read")
-            return images
-        except TooLarge:  # though none of the few that were looked at
-            pass
-    return LargeImages(rows, split, skip_bad)
-
-
 def _unfit(labels) -> str | None:
     """Why these labels cannot be evaluated by k-NN, or None."""
     known = labels[labels >= 0]
@@ -288,10 +283,10 @@ def _unfit(labels) -> str | None:
     return None
 
 
-def _stream_source(train, held_out, skip_bad, seed):
-    side = max(_common_shape(train.take(16), "the stream", skip_bad))
+def _stream_source(train, held_out, skip_bad, seed, way):
+    way, side, said = reading.of_stream(train, skip_bad, way)
     if "label" not in features_of(train):
-        return Source(train, None, None, None, side, "no labels"), []
+        return Source(train, None, None, None, side, "no labels", way=way), [], said
 
     def sample(stream, most):
         """Up to `most` rows, few from each of many shards."""
@@ -313,11 +308,13 @@ def _stream_source(train, held_out, skip_bad, seed):
         train = train.filter(is_not_held_out)
     samples = {"the stream's sample": sample(train, BANK // 10), "the stream's k-NN queries": queries}
     samples, notes = columns.numbered(samples)
-    bank, queries = ((LargeImages(rows, name, skip_bad), torch.arange(len(rows))) for name, rows in samples.items())
+    bank, queries = (
+        (LargeImages(rows, name, skip_bad, way.pixel_range), torch.arange(len(rows))) for name, rows in samples.items()
+    )
     note = _unfit(bank[0].labels(bank[1])) or (None if len(queries[1]) else "no image was held out")
     if note:
-        return Source(whole, None, None, None, side, note), notes
-    return Source(train, None, bank, queries, side, None), notes
+        return Source(whole, None, None, None, side, note, way=way), notes, said
+    return Source(train, None, bank, queries, side, None, way=way), notes, said
 
 
 def is_held_out(record: dict) -> bool:
@@ -327,22 +324,6 @@ def is_held_out(record: dict) -> bool:
 
 def is_not_held_out(record: dict) -> bool:
     return not is_held_out(record)
-
-
-def _common_shape(rows, split, skip_bad):
-    """The largest height and width of a few images, spread over the dataset."""
-    shapes = []
-    picked = range(0, len(rows), max(1, len(rows) // 16)) if isinstance(rows, Dataset) else None
-    for row, record in zip(picked or count(), map(rows.__getitem__, picked) if picked else rows):
-        try:
-            image = decode(record["image"])
-            shapes.append((image.height, image.width))
-        except ValueError as error:
-            if not skip_bad:
-                raise bad_row(row, split, error, record["image"]) from None
-    if not shapes:
-        raise UserError(f"split {split}: no image in it can be read")
-    return max(height for height, _ in shapes), max(width for _, width in shapes)
 
 
 def _take_split(opened, wanted, spec):

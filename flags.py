@@ -91,6 +91,18 @@ def at_least(least: int) -> Range:
     return Range(f"{least} or more", lambda v: v >= least)
 
 
+def interval(given: Any) -> tuple[float, float] | None:
+    """(low, high) of "LOW,HIGH" or of two numbers; None for anything else. Whole numbers are int."""
+    try:
+        low, high = (float(word) for word in (given.split(",") if isinstance(given, str) else given))
+    except (TypeError, ValueError):
+        return None
+    if not -math.inf < low < high < math.inf:
+        return None
+    return tuple(int(value) if value.is_integer() else value for value in (low, high))  # type: ignore[return-value]
+
+
+INTERVAL = Range("two numbers, the lower one first, as in 0,4095", lambda v: interval(v) is not None)
 SHARE = Range("a share from 0 to 1", lambda v: 0 <= v <= 1)
 SHARE_ABOVE_0 = Range("a share above 0, up to 1", lambda v: 0 < v <= 1)
 ABOVE_0 = Range("a number above 0", lambda v: 0 < v < math.inf)

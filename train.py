@@ -39,7 +39,7 @@ def pretrain(asked: Pretraining, given: Given) -> Path | None:
     if folder is None and not asked.dry_run:
         run_folder.choose(asked.out, asked.method, asked.dataset)  # refuses a folder in use, in every process alike
 
-    source = open_data(asked, accelerator)
+    source = open_data(asked, accelerator, began)
     for line in source.found:
         accelerator.print(line)
     t = build(asked, given, source, accelerator, began)
@@ -86,7 +86,7 @@ def start(asked: Pretraining, folder: Path | None) -> Accelerator:
     return accelerator
 
 
-def open_data(asked: Pretraining, accelerator: Accelerator) -> data.Source:
+def open_data(asked: Pretraining, accelerator: Accelerator, began: Began | None) -> data.Source:
     with accelerator.local_main_process_first():
         return data.open_source(
             asked.dataset,
@@ -100,6 +100,7 @@ def open_data(asked: Pretraining, accelerator: Accelerator) -> data.Source:
             max_pixels=asked.max_pixels,
             seed=asked.seed,
             remembered=not accelerator.is_local_main_process,
+            way=began.way if began else data.way_of({}, pixel_range=asked.pixel_range),
         )
 
 
@@ -170,11 +171,13 @@ def before_training(t: Training) -> None:
 
 def open_folder(t: Training, folder: Path | None, peers: Peers) -> None:
     if t.accelerator.is_main_process:
+        new = folder is None
         folder = folder or run_folder.create(t.s.out, t.s.method, t.s.dataset)
-        run_folder.cut_metrics(folder, t.start)
-        left_out.add(folder, t.source.left_out)
-        config = {**t.s.config(), "out": str(folder), "versions": run_folder.versions()}
-        run_folder.write_json(folder / "config.json", config)
+        with guards.leaves_no_half(folder, new):
+            run_folder.cut_metrics(folder, t.start)
+            left_out.add(folder, t.source.left_out)
+            config = {**t.s.config(), "out": str(folder), "versions": run_folder.versions()}
+            run_folder.write_json(folder / "config.json", config)
     t.folder = peers.folder = Path(broadcast_object_list([str(folder)])[0])
     if t.s.log_with:
         t.accelerator.project_configuration.logging_dir = str(t.folder)
@@ -359,10 +362,10 @@ def save(t: Training, done: int) -> None:
 
 def leave(t: Training) -> None:
     """The backbone, the curves, and a summary."""
-    bad = set(gather_object(sorted(t.feed.bad)))
+    bad, clipped = set(gather_object(sorted(t.feed.bad))), sum(gather_object([t.feed.clipped]))
     if t.accelerator.is_main_process:
         assert t.folder is not None
         run_folder.save_backbone(t.folder, t.method.backbone)
         pictures.draw_curves(t.folder)
     t.accelerator.end_training()
-    t.accelerator.print(summary(t, bad))
+    t.accelerator.print(summary(t, bad, clipped))

@@ -48,7 +48,8 @@ def protocol(settings: type[Evaluation]) -> Callable[[Callable[[Task, Any], dict
             loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
             check_writable(loaded.folder)
             images = images_of(s, loaded.config)
-            opened = {k: v for k, v in images.items() if k != "dataset"}
+            opened = {k: v for k, v in images.items() if k != "dataset"} | {"own": images.pop("own")}
+            opened["way"] = way = data.way_of(loaded.config, opened.pop("own"), s.pixel_range)
             opened |= dict(seed=loaded.config.get("seed", s.seed), remembered=not accelerator.is_local_main_process)
             with accelerator.local_main_process_first():  # it lists the folder, and fills the caches, for the others
                 parts = data.open_labelled(images["dataset"], **opened)
@@ -62,7 +63,7 @@ def protocol(settings: type[Evaluation]) -> Callable[[Callable[[Task, Any], dict
                 f"{len(parts[0].names)} classes"
             )
             metrics = function(task, s)
-            resolved = {**dataclasses.asdict(s), **images, "workers": workers}
+            resolved = {**dataclasses.asdict(s), **images, "workers": workers, "pixel_range": way.pixel_range}
             resolved |= {"backbone": loaded.name, "image_size": loaded.image_size, **task.chosen}
             finish(accelerator, loaded.folder, name, resolved, metrics)
             return metrics
@@ -81,15 +82,20 @@ def start(s: Computing) -> tuple[Accelerator, int]:
 
 
 def images_of(s: Evaluation, config: dict) -> dict[str, Any]:
-    """The dataset and what is said of it; where the dataset is left open, the settings of the run fill in."""
+    """The dataset and what is said of it; where the dataset is left open, the settings of the run fill in.
+
+    "own": whether the images are those of the run, and are read as it read them.
+    """
     found: dict[str, Any] = {k: getattr(s, k) for k in ("dataset", *DATA)}
+    own = s.dataset is None or bool(config) and data.absolute(s.dataset) == data.absolute(config["dataset"])
     if s.dataset is None:
         if not config:
             raise UserError("--dataset: name the images to evaluate on; a run's own are known, those of a file are not")
         found |= {k: config.get(k) for k in found if found[k] is None}
     elif data.is_moved(s.dataset, config):  # the run's own images, as the run read them
         found |= {k: config.get(k) for k in DATA if found[k] is None}
-    return found | {"split": found["split"] or "train"}
+        own = True
+    return found | {"own": own, "split": found["split"] or "train"}
 
 
 def finish(accelerator: Accelerator, folder: Path, name: str, settings: dict, metrics: dict) -> None:

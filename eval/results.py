@@ -31,12 +31,11 @@ def write_result(folder: Path, protocol: str, dataset: str, settings: dict, metr
     line |= {"seed": settings.get("seed"), "versions": run_folder.versions()}
     path = folder / "results.jsonl"
     text = run_folder.json_line(line, path)
+    half = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
     try:
-        half = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        with open(path, "a") as file:
-            file.write("\n" * half + text)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}); {protocol} gave {metrics}") from error
+        run_folder.append(path, "\n" * bool(half) + text)
+    except RunError as error:
+        raise RunError(f"{error}; {protocol} gave {metrics}") from error
 
 
 def read_results(folder: Path) -> list[dict]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flags import ABOVE_0, NOT_NEGATIVE, SEED, Range, Settings, UserError, at_least, flag
+from flags import ABOVE_0, INTERVAL, NOT_NEGATIVE, SEED, Range, Settings, UserError, at_least, flag
 
 PRECISIONS = ("no", "fp16", "bf16")
 
@@ -38,6 +38,11 @@ class Evaluation(Computing):
     image_column: str | None = flag(None, "for a dataset with several columns of images")
     label_column: str | None = flag(None, "for a dataset with several columns of classes")
     skip_bad_images: bool = flag(False, "leave out images that cannot be read")
+    pixel_range: str | None = flag(
+        None,
+        "LOW,HIGH: values that become black and white, of files of more than 8 bits; default: the run's",
+        range=INTERVAL,
+    )
     max_pixels: int | None = flag(
         None, "of an image; one that claims more is a bad image; default: the run's", range=at_least(1)
     )

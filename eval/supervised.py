@@ -4,11 +4,13 @@ import math
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 
 from bsim import ViewRecipe, make_view
 from data import Source
 from flags import RunError, UserError, progress
 from loading.batches import VIEW, Batches, Feed, generator
+from loading.files import counted
 from loading.images import after_crop
 
 
@@ -43,7 +45,8 @@ def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
             group["lr"] = peak * (1 + math.cos(math.pi * step / steps)) / 2
         images, _ = next(feed)
         view = make_view(images.to(device), recipe, generator=generator(seed, VIEW, step, rank))
-        loss = F.cross_entropy(model(view).float(), labels[batches.rows(step)].to(device))
+        truth = labels[feed.rows]  # those of the images that were read
+        loss = F.cross_entropy(model(view).float(), truth.to(device))
         accelerator.backward(loss)
         descent.step()
         descent.zero_grad()
@@ -56,6 +59,11 @@ def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         bar.update()
     bar.close()
+    bad = sorted(set(gather_object(sorted(feed.bad))))
+    if bad:
+        task.say(
+            f"left out {counted(len(bad), 'image')} that cannot be read: {'; '.join(bad[:4])}{'; ...' * (len(bad) > 4)}"
+        )
 
 
 # Times the loss of chance: at the end, and ever. Published rates of linear classifiers reach some hundred times it.

@@ -6,6 +6,7 @@ A batch is a pure function of (seed, step, process), so a run can start at any s
 import atexit
 import multiprocessing
 import signal
+import weakref
 from functools import lru_cache, partial
 from itertools import islice
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flags import UserError, reading
 from loading.files import named
-from loading.images import bad_row, crops, mark, stacked
+from loading.images import Met, bad_row, crops, mark, stacked
 
 ORDER, CROP, VIEW, SPLIT = range(4)  # what a generator is for: keeps the streams of draws apart
 BLOCK = 1000  # rows of a stream that are shuffled together, at least
@@ -65,7 +66,9 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         try:
-            return self.source.train.pair(self.rows(i), self.recipes, generator(self.seed, CROP, i, self.rank))
+            draws = generator(self.seed, CROP, i, self.rank)
+            a, b, met = self.source.train.pair(self.rows(i), self.recipes, draws, self.source.rows)
+            return a, b, *met
         except UserError as error:
             return error  # raised in a worker, it would arrive as a traceback
 
@@ -132,7 +135,8 @@ class StreamBatches(IterableDataset):
         worker = info.id if info else 0
         reader, i = (self.start + worker) % self.readers, self.start + worker
         place, draws = self.places[reader], generator(self.seed, CROP, i, self.rank)
-        images, bad, used, last_good = [], [], place.used, place.epoch
+        images, met, used, last_good = [], Met([], None, []), place.used, place.epoch
+        pixel_range = self.source.way.pixel_range
         for block_place, block in self.blocks(reader, place):
             if block_place.epoch > last_good + 1:
                 raise UserError("the stream has no image that can be read")
@@ -141,18 +145,18 @@ class StreamBatches(IterableDataset):
             for j in order[used:]:
                 place = place._replace(used=place.used + 1)
                 try:
-                    images.append(crops(block[j], self.recipes, draws))
+                    images.append(crops(block[j], self.recipes, draws, pixel_range, met.clipped))
                 except ValueError as error:
                     if not self.skip_bad:
                         row = f"{j} after row {place.row} of a shard"
                         raise bad_row(row, "the stream", error, block[j]) from None
                     path = block[j]["path"] if block[j] else None
-                    bad.append(named(path) if path else f"an image without a file, checksum {mark(block[j])}")
+                    met.bad.append(named(path) if path else f"an image without a file, checksum {mark(block[j])}")
                     continue
                 last_good = place.epoch
                 if len(images) == self.part_size:
-                    yield *stacked(images), bad, reader, place
-                    images, bad, i = [], [], i + self.readers
+                    yield *stacked(images), *met, reader, place
+                    images, met, i = [], Met([], None, []), i + self.readers
                     draws = generator(self.seed, CROP, i, self.rank)
             used = 0
         raise UserError("the stream has no rows for this process; use fewer processes or workers")
@@ -173,28 +177,35 @@ def places_of(saved: list | None, rank: int, world: int, readers: int):
 def _begin_worker(worker):
     """Signals are for the loop to answer, and workers end with it; fsspec's lock may have been held at the fork."""
     fsspec.asyn.reset_lock()
-    for kind in (signal.SIGTERM, signal.SIGINT):
+    for kind in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
         signal.signal(kind, signal.SIG_IGN)
 
 
-def _kill(processes):
-    for process in processes:
-        process.kill()
+WORKERS = weakref.WeakSet()  # not a handler for each iterator: it would hold finished workers and their pipes
+
+
+@atexit.register
+def _kill():
+    """They would not hear a SIGTERM."""
+    for process in list(WORKERS):
+        if process.is_alive():
+            process.kill()
 
 
 def iterate(dataset, **options):
     """An iterator over a DataLoader whose workers leave signals to the main process, and end with it."""
     before = set(multiprocessing.active_children())
     made = iter(DataLoader(dataset, worker_init_fn=_begin_worker, **options))
-    atexit.register(_kill, set(multiprocessing.active_children()) - before)  # they would not hear a SIGTERM
+    WORKERS.update(set(multiprocessing.active_children()) - before)
     return made
 
 
 class Feed:
     """An iterator over this process's pairs of uint8 batches, which `workers` processes, or this one, make.
 
-    `bad` are the unreadable images that were left out, `places` where a stream's readers stand, `ahead` how many
-    batches wait at most. Raises UserError where an image cannot be read.
+    `bad` are the unreadable images that were left out, `rows` those that the last batch was made of, `clipped` how many
+    images had values beyond the pixel range, `places` where a stream's readers stand, `ahead` how many batches wait at
+    most. Raises UserError where an image cannot be read.
     """
 
     def __init__(self, batches: Batches | StreamBatches, start: int, stop: int, workers: int, pin: bool):
@@ -204,6 +215,7 @@ class Feed:
         self.made, self.bad = iterate(batches, **options), set(batches.source.bad)
         self.places = list(batches.places) if streams else None
         self.ahead = 2 * workers  # DataLoader's prefetch_factor
+        self.rows, self.clipped = None, 0
 
     def __iter__(self):
         return self
@@ -214,8 +226,10 @@ class Feed:
             self.made = iter(())  # ends the workers now, not when the traceback that holds them goes
             made.everywhere = False
             raise made
-        a, b, bad, *place = made
+        a, b, bad, rows, clipped, *place = made
         self.bad.update(bad)
+        self.rows = None if rows is None else torch.tensor(rows)
+        self.clipped += len(clipped)
         if place:
             self.places[place[0]] = place[1]
         return a, b

@@ -3,8 +3,9 @@
 import io
 import zlib
 from contextlib import contextmanager
-from itertools import count
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -17,31 +18,34 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from bsim import ViewRecipe, random_crop_box
 from flags import UserError, progress
-from loading import files
+from loading import files, pixels
 
 SMALL = 64  # images whose longer side is at most this are decoded once, and cached
 PIXELS = 100_000_000  # an image that claims more is refused before it is decoded; `limit` sets it
 ORIENTATION = ExifTags.Base.Orientation
 Image.MAX_IMAGE_PIXELS = None
-DECODER = 1  # raise when `to_rgb` or the cache's layout changes: cached pixels of another version are not used
+DECODER = 2  # raise when `to_rgb` or the cache's layout changes: cached pixels of another version are not used
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One image.
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB, upright: 16 bits are scaled down, transparency is laid on white."""
+def to_rgb(image: Image.Image, pixel_range=None, file=None) -> tuple[Image.Image, int]:
+    """(any PIL image as 8-bit RGB, upright, its transparency laid on white; how many of its values were clipped).
+
+    Of more than 8 bits, `pixel_range` (low, high) becomes 0 to 255; `file` is as in `pixels.deep`.
+    """
+    values, clipped = pixels.deep(image, file), 0
+    if values is not None:
+        turn = image.getexif().get(ORIENTATION, 1)
+        values, clipped = pixels.scaled(values, pixel_range, image.mode == "F")
+        image = Image.fromarray(values)
+        image.getexif()[ORIENTATION] = turn
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # PIL would clip these to 255
-        values = np.asarray(image, dtype=np.float64)
-        highest = values.max(initial=0)
-        scale = 1 / 257 if image.mode != "F" and (";16" in image.mode or highest > 255) else 1
-        scale = 255 if image.mode == "F" and highest <= 1 else scale
-        image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image.convert("RGB"), clipped
 
 
 def limit(pixels: int) -> None:
@@ -50,14 +54,19 @@ def limit(pixels: int) -> None:
     PIXELS, Image.MAX_IMAGE_PIXELS = pixels, None  # one limit, ours, which says how to raise it
 
 
-def decode(record: dict) -> Image.Image:
+def decode(record: dict, pixel_range=None) -> Image.Image:
     """A row's {"bytes", "path"} as an RGB image; any way in which that can fail is a ValueError."""
-    with _opened(record) as (image, _):
-        return to_rgb(image)
+    return decoded(record, pixel_range)[0]
+
+
+def decoded(record: dict, pixel_range=None) -> tuple[Image.Image, int]:
+    """The same, and how many values were clipped."""
+    with opened(record) as (image, file):
+        return to_rgb(image, pixel_range, file)
 
 
 @contextmanager
-def _opened(record):
+def opened(record):
     """(the image, of which only the header is read, and its file); what is met inside becomes a ValueError."""
     try:
         with _open(record) as file, Image.open(file) as image:
@@ -119,7 +128,15 @@ def _centre(image, size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Images by row. `pair` is two views' worth of uint8 images and the bad rows met; `whole` is for evaluation.
+# Images by row. `pair` is two views' worth of uint8 images and a Met; `whole` is for evaluation.
+
+
+class Met(NamedTuple):
+    """What was met when a batch was read."""
+
+    bad: list  # names of unreadable images
+    rows: list | None  # the rows that were read, in the places of bad ones others; None of a stream
+    clipped: list  # of each image with values beyond the pixel range, how many
 
 
 class TooLarge(Exception):
@@ -127,24 +144,40 @@ class TooLarge(Exception):
 
 
 class SmallImages:
-    """Images decoded once, all made one shape. With skip_bad the bad ones are left out, and `bad` says which."""
+    """Images decoded once, all made one shape. With skip_bad the bad ones are left out, and `bad` says which.
+
+    `clipped`: how many values lie beyond pixel_range, and in how many images. An image of more than SMALL pixels raises
+    TooLarge, or with `shrink` is made the shape too.
+    """
 
     in_workers = False
 
-    def __init__(self, rows: Dataset, split: str, shape: tuple[int, int], skip_bad: bool):
+    def __init__(
+        self, rows: Dataset, split: str, shape: tuple[int, int], skip_bad: bool, pixel_range=None, shrink=False
+    ):
         kept = {k: v for k, v in rows.features.items() if k == "label"}
-        features = Features(pixels=Value("binary"), row=Value("int64"), **kept)
-        self.shape = shape
-        self.table = _map_with_bar(
-            rows,
-            _decode_batch,
-            batched=True,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            features=features,
-            fn_kwargs=dict(split=split, shape=shape, skip_bad=skip_bad, decoder=DECODER),
-            cache_file_name=_cached(rows, split, shape, skip_bad),
-        ).with_format("arrow")
+        features = Features(pixels=Value("binary"), row=Value("int64"), clipped=Value("int64"), **kept)
+        way = dict(split=split, shape=shape, skip_bad=skip_bad, pixel_range=pixel_range, shrink=shrink)
+        self.shape, kept_in = shape, _cached(rows, way)
+        too_large = kept_in.with_suffix(".large")  # decoding once found one: it need not be tried again
+        if too_large.exists():
+            raise TooLarge
+        try:
+            self.table = _map_with_bar(
+                rows,
+                _decode_batch,
+                batched=True,
+                with_indices=True,
+                remove_columns=rows.column_names,
+                features=features,
+                fn_kwargs=way | {"decoder": DECODER},
+                cache_file_name=str(kept_in),
+            ).with_format("arrow")
+        except TooLarge:
+            too_large.touch()
+            raise
+        clipped = np.asarray(self.table["clipped"])
+        self.clipped = int(clipped.sum()), int((clipped > 0).sum())
         kept = set(self.table["row"].to_pylist()) if len(self.table) < len(rows) else range(len(rows))
         self.bad = {row_name(i, split, rows[i]["image"]) for i in range(len(rows)) if i not in kept}
 
@@ -160,9 +193,9 @@ class SmallImages:
         images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *self.shape, 3).permute(0, 3, 1, 2)
         return images, torch.ones(len(images), dtype=torch.bool)
 
-    def pair(self, rows, recipes, generator):
+    def pair(self, rows, recipes, generator, among=None):
         images, _ = self.whole(rows, None)
-        return images, images, []
+        return images, images, Met([], rows.tolist(), [])
 
 
 _bar = None  # of the decoding that is under way
@@ -182,30 +215,31 @@ def _map_with_bar(rows, function, **options):
             datasets.enable_progress_bars()
 
 
-def _cached(rows, split, shape, skip_bad):
+def _cached(rows, way):
     """Where decoded images are kept: in the cache of `datasets`, also of rows that lie in the user's own folder."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "bsim"
     folder.mkdir(parents=True, exist_ok=True)
-    mark = Hasher.hash((rows._fingerprint, rows.split and str(rows.split), split, shape, skip_bad, DECODER))
-    return str(folder / f"pixels-{mark}.arrow")
+    mark = Hasher.hash((rows._fingerprint, rows.split and str(rows.split), sorted(way.items()), DECODER))
+    return folder / f"pixels-{mark}.arrow"
 
 
-def _decode_batch(batch, indices, split, shape, skip_bad, decoder):
+def _decode_batch(batch, indices, split, shape, skip_bad, pixel_range, shrink, decoder):
     height, width = shape
-    kept = {name: [] for name in ("pixels", "row", "label") if name != "label" or name in batch}
+    kept = {name: [] for name in ("pixels", "row", "clipped", "label") if name != "label" or name in batch}
     for i, row in enumerate(indices):
         try:
-            image = decode(batch["image"][i])
+            image, clipped = decoded(batch["image"][i], pixel_range)
         except ValueError as error:
             if skip_bad:
                 continue
             raise bad_row(row, split, error, batch["image"][i]) from None
-        if max(image.size) > SMALL:
+        if max(image.size) > SMALL and not shrink:
             raise TooLarge
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
         kept["pixels"].append(image.tobytes())
         kept["row"].append(row)
+        kept["clipped"].append(clipped)
         if "label" in kept:
             kept["label"].append(batch["label"][i])
     if _bar is not None:
@@ -218,8 +252,9 @@ class LargeImages:
 
     in_workers = True
 
-    def __init__(self, rows: Dataset, split: str, skip_bad: bool):
+    def __init__(self, rows: Dataset, split: str, skip_bad: bool, pixel_range=None):
         self.table, self.split, self.skip_bad, self.bad = rows, split, skip_bad, set()
+        self.pixel_range = pixel_range
 
     def __len__(self):
         return len(self.table)
@@ -231,7 +266,7 @@ class LargeImages:
         """The image, or the error that says why there is none."""
         record = self.table[row]["image"]
         try:
-            return decode(record)
+            return decode(record, self.pixel_range)
         except ValueError as error:
             found = bad_row(row, self.split, error, record)
             if not self.skip_bad:
@@ -245,20 +280,33 @@ class LargeImages:
         black = torch.zeros(3, size, size, dtype=torch.uint8)
         return torch.stack([_pixels(_centre(x, size)) if ok else black for x, ok in zip(found, good)]), good
 
-    def pair(self, rows, recipes, generator):
-        """Two crops of each image; the place of a bad one is taken by the next good one."""
-        found, bad = [], []
-        for row in rows.tolist():
-            for other in count(row):
-                record = self.table[other % len(self)]["image"]
+    def pair(self, rows, recipes, generator, among=None):
+        """Two crops of each image; the place of a bad one is taken by the next good one.
+
+        among: the rows that may take it, sorted; all by default.
+        """
+        found, met = [], Met([], rows.tolist(), [])
+        among = torch.arange(len(self)) if among is None and self.skip_bad else among
+        for place, row in enumerate(rows.tolist()):
+            for other in chain([row], _after(row, among) if self.skip_bad else []):
+                record = self.table[other]["image"]
                 try:
-                    found.append(crops(record, recipes, generator))
-                    break
+                    found.append(crops(record, recipes, generator, self.pixel_range, met.clipped))
                 except ValueError as error:
-                    if not self.skip_bad or other == row + len(self):
-                        raise bad_row(other % len(self), self.split, error, record) from None
-                bad.append(row_name(other % len(self), self.split, record))
-        return *stacked(found), bad
+                    failed = bad_row(other, self.split, error, record)
+                    met.bad.append(row_name(other, self.split, record))
+                    continue
+                met.rows[place] = other
+                break
+            else:
+                raise failed
+        return *stacked(found), met
+
+
+def _after(row, among):
+    """The rows of `among` after `row`, then those before it."""
+    first = int(torch.searchsorted(among, row, right=True))
+    return (int(among[(first + i) % len(among)]) for i in range(len(among)))
 
 
 def class_numbers(labels: list) -> torch.Tensor:
@@ -266,15 +314,16 @@ def class_numbers(labels: list) -> torch.Tensor:
     return torch.tensor([-1 if x is None else int(x) for x in labels], dtype=torch.int64)
 
 
-def crops(record, recipes, generator):
+def crops(record, recipes, generator, pixel_range=None, clipped=None):
     """A random-resized crop of a row's image for each recipe, uint8 [1, 3, size, size]; a ValueError as `decode`'s.
 
+    The number of its values beyond pixel_range, if there are any, is added to the list `clipped`.
     A JPEG is decoded once, and at the smallest of its own scales (a half, a quarter, an eighth) that has no crop
     enlarged which would not be anyway.
     """
-    with _opened(record) as (image, file):
+    with opened(record) as (image, file):
         plain = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1
-        image = image if plain else to_rgb(image)
+        image, beyond = (image, 0) if plain else to_rgb(image, pixel_range, file)
         boxes = [
             random_crop_box(1, image.height, image.width, recipe.scale, recipe.ratio, generator=generator)[0].tolist()
             for recipe in recipes
@@ -293,6 +342,8 @@ def crops(record, recipes, generator):
             bottom, right = -((-top - height) // shrink), -((-left - width) // shrink)
             cut = pixels[None, :, top // shrink : bottom, left // shrink : right]
             found.append(F.interpolate(cut, (recipe.size, recipe.size), mode="bilinear", antialias=True))
+        if beyond and clipped is not None:
+            clipped.append(beyond)
         return found
 
 

@@ -106,8 +106,12 @@ def _types(schemas):
 
 
 def _parquet(split, paths, streaming):
-    """Converted once to Arrow files in the cache of `datasets`, again where a file's size or time changes."""
-    times = [(str(os.path.getsize(path)), str(os.stat(path).st_mtime_ns)) for path in paths]
+    """Converted once to Arrow files in the cache of `datasets`, again where a file's size or a time of it changes.
+
+    The time of the change (ctime) tells of a file put in another's place by a copy that keeps times.
+    """
+    found = [os.stat(path) for path in paths]
+    times = [(str(x.st_size), str(x.st_mtime_ns), str(x.st_ctime_ns)) for x in found]
     builder = Parquet(dataset_name="parquet", data_files=DataFilesDict({split: DataFilesList(paths, times)}))
     if streaming:
         return builder.as_streaming_dataset(split)

@@ -6,6 +6,8 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -31,12 +33,48 @@ def versions() -> dict:
     return found
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk, or whatever else keeps `path` from being written, becomes a RunError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        folder, reason = path.parent, error.strerror or first_line(error)
+        again = "or name a folder on another disk: --out FOLDER"
+        if (folder / "backbone.safetensors").exists():
+            again = "then repeat the command"
+        elif (folder / "config.json").exists():
+            again = f"then --resume {folder}"
+        raise RunError(f"{path} cannot be written ({reason}); make room in {folder}, {again}") from error
+
+
 def write(path: Path, save) -> None:
-    """Call save(file beside path), then rename it to `path`: a reader never sees half a file."""
+    """Call save(file beside path), then rename it to `path`: a reader never sees half a file.
+
+    Raises RunError where it cannot be written; what was there before is then still there.
+    """
     aside = path.with_name(f".{path.name}.part")
-    save(aside)
-    _flush(aside)
-    aside.replace(path)
+    with writing(path):
+        try:
+            save(aside)
+            _flush(aside)
+            aside.replace(path)
+        except BaseException:
+            shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+            raise
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line to `path`. Raises RunError where it cannot be written; the file is then what it was."""
+    with writing(path):
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a") as file:
+                file.write(line + "\n")
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, before)
+            raise
 
 
 def write_json(path: Path, value) -> None:
@@ -84,11 +122,12 @@ def create(out: str | None, method: str, dataset: str) -> Path:
     """Make the folder of a new run. Two runs that start at once never get the same."""
     while True:
         folder = choose(out, method, dataset)
-        try:
-            folder.mkdir(parents=True, exist_ok=out is not None)
-            return folder
-        except FileExistsError:  # another run was quicker
-            continue
+        with writing(folder):
+            try:
+                folder.mkdir(parents=True, exist_ok=out is not None)
+                return folder
+            except FileExistsError:  # another run was quicker
+                continue
 
 
 def config_of(folder: Path, flag: str = "--resume") -> dict:
@@ -109,9 +148,7 @@ def config_of(folder: Path, flag: str = "--resume") -> dict:
 
 
 def append_metrics(folder: Path, line: dict) -> None:
-    text = json_line(line, folder / "metrics.jsonl")
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(text)
+    append(folder / "metrics.jsonl", json_line(line, folder / "metrics.jsonl"))
 
 
 def json_line(line: dict, path: Path) -> str:
@@ -119,7 +156,7 @@ def json_line(line: dict, path: Path) -> str:
     wrong = _not_finite(line)
     if wrong:
         raise RunError(f"{wrong} is NaN or infinite, which is no figure; nothing was added to {path}")
-    return json.dumps(line, allow_nan=False) + "\n"
+    return json.dumps(line, allow_nan=False)
 
 
 def _not_finite(value, name: str = "") -> str:

@@ -1,5 +1,6 @@
 """What ends a run in good order, and what warns of one that goes wrong."""
 
+import os
 import shutil
 import signal
 import threading
@@ -12,36 +13,50 @@ import torch
 from flags import RunError, UserError
 from training import folder as run_folder
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 SAME = 3  # seconds within which a signal repeats the one before
 
 
 @contextmanager
 def asked_to_stop():
-    """An event that SIGTERM and SIGINT set, so that a step can be finished; one more, seconds later, ends at once.
+    """An event that SIGTERM, SIGINT and SIGHUP set, so that a step can be finished; one more, seconds later, ends at
+    once.
 
-    Earlier it is the same request: a launcher passes on to its processes what they may have got themselves.
+    Earlier it is the same request: a launcher passes on to its processes what they may have got themselves. A signal
+    that is ignored stays so, as SIGHUP is under `nohup`.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
         yield asked
         return
-    before, when = {kind: signal.getsignal(kind) for kind in SIGNALS}, []
+    before = {kind: signal.getsignal(kind) for kind in SIGNALS}
+    before = {kind: action for kind, action in before.items() if action != signal.SIG_IGN}
+    when, terminals = [], [file for file in (1, 2) if os.isatty(file)]
 
     def handle(kind, frame):
         asked.set()
+        _leave_closed(terminals)
         when.append(time.monotonic())
         if when[-1] - when[0] > SAME:
             signal.signal(kind, before[kind])
             signal.raise_signal(kind)
 
-    for kind in SIGNALS:
+    for kind in before:
         signal.signal(kind, handle)
     try:
         yield asked
     finally:
-        for kind in SIGNALS:
+        for kind in before:
             signal.signal(kind, before[kind])
+
+
+def _leave_closed(terminals):
+    """Write to nowhere what went to a terminal that is closed: a line to it would raise, before the checkpoint."""
+    for file in terminals:
+        if not os.isatty(file):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, file)
+            os.close(nowhere)
 
 
 @contextmanager
@@ -53,6 +68,17 @@ def leaves_nothing(folder: Path, start: int):
         raise
     except UserError:
         if start == 0 and run_folder.last_checkpoint(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def leaves_no_half(folder: Path, new: bool):
+    """A new run that cannot write its first files leaves no folder, so that the same command can be repeated."""
+    try:
+        yield
+    except RunError:
+        if new:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

@@ -54,7 +54,7 @@ def measured(t: Training, losses: Losses, done: int) -> dict[str, Any]:
     }
 
 
-def summary(t: Training, bad: set) -> str:
+def summary(t: Training, bad: set, clipped: int = 0) -> str:
     s, folder = t.s, t.folder
     assert folder is not None
     lines = [f"finished {folder} at step {s.steps}"]
@@ -67,6 +67,10 @@ def summary(t: Training, bad: set) -> str:
         lines.append(f"  warning       the embeddings collapsed; {COLLAPSE}")
     if bad:
         lines.append(f"  skipped       {len(bad)} bad images")
+    if clipped:
+        lines.append(
+            f"  clipped       {clipped:,} images that were read had values beyond --pixel_range {s.pixel_range}"
+        )
     lines.append(f"  weights       {folder / 'backbone.safetensors'}  ({s.backbone}, as timm names them)")
     lines.append(f"  look at       {folder / 'views.png'}, {folder / 'curves.png'}")
     other = 1 if s.sim_weight < 1 else 0

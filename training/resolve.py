@@ -13,7 +13,8 @@ from torch import nn
 
 import data
 from bsim import ViewRecipe
-from flags import Given, UserError, defaults_of, first_line, flags_of
+from flags import Given, UserError, defaults_of, first_line, flags_of, interval
+from loading.pixels import text
 from methods.networks import SMALL_STEM
 from methods.networks import backbone as build_backbone
 from training import folder as run_folder
@@ -30,6 +31,7 @@ class Began(NamedTuple):
     images: int | None
     fingerprint: str | None
     moved: bool  # whether it is named anew
+    way: data.Way  # how it is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class Run(Pretraining):
     given: dict[str, Any]  # the flags that were typed
     images: int | None  # to train on; None for a stream
     fingerprint: str | None  # of the relative names and sizes of local data
+    small_images: bool  # whether images are decoded once and made image_shape; the others when they are asked for
+    image_shape: tuple[int, int] | None
     steps_per_epoch: int | None
     peak_lr: float
     warmup_steps: int
@@ -64,12 +68,13 @@ class Run(Pretraining):
     def config(self) -> dict[str, Any]:
         """What config.json holds."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        found["pixel_range"] = interval(self.pixel_range)
         return found | found.pop("heads")
 
 
 def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Began | None]:
     """The settings, checked as far as they can be without the data; of a resumed run its folder and data too."""
-    asked = dataclasses.replace(asked, dataset=data.absolute(asked.dataset))
+    asked = dataclasses.replace(asked, dataset=data.absolute(asked.dataset), pixel_range=text(asked.pixel_range))
     if not asked.resume:
         return asked, None, None
     folder = Path(str(asked.out if asked.resume is True else asked.resume)).expanduser()
@@ -80,6 +85,7 @@ def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Be
     if asked.out is not None and Path(asked.out).expanduser() != folder:
         raise UserError(f"--out {asked.out}: a run is resumed in its own folder; drop --out, or drop --resume")
     config, defaults = run_folder.config_of(folder), defaults_of(Pretraining)
+    config["pixel_range"] = text(config.get("pixel_range"))
     said = {
         k: getattr(asked, k) for k in defaults if getattr(asked, k) != defaults[k] or k in given.typed | given.recipe
     }
@@ -95,7 +101,8 @@ def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Be
     merged |= {k: v for k, v in said.items() if k in ON_RESUME}
     merged["dataset"] = dataset
     merged["epochs" if "steps" in said or merged["epochs"] is None else "steps"] = None  # the other one follows from it
-    began = Began(config.get("images"), config.get("fingerprint"), moved=dataset != data.absolute(config["dataset"]))
+    moved = dataset != data.absolute(config["dataset"])
+    began = Began(config.get("images"), config.get("fingerprint"), moved, data.way_of(config))
     return Pretraining(**merged), folder, began
 
 
@@ -141,6 +148,7 @@ def resolve(
     warmup = round(loop["warmup_epochs"] * each) if each else steps // 10 * (loop["warmup_epochs"] > 0)
     crop = _crop(asked, method_file, size)
     filled = dict(
+        pixel_range=text(source.way.pixel_range),
         workers=min(8, max(1, (os.cpu_count() or 1) // world)) if asked.workers is None else asked.workers,
         backbone=backbone,
         image_size=size,
@@ -159,6 +167,8 @@ def resolve(
         given={k: v for k, v in given.typed.items() if v != defaults_of(Pretraining)[k]},
         images=source.images,
         fingerprint=source.fingerprint,
+        small_images=source.way.small,
+        image_shape=source.way.shape,
         steps_per_epoch=each,
         peak_lr=loop["lr"] * batch_size / 256,
         warmup_steps=min(steps - 1, warmup),

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from flags import (
     ABOVE_0,
+    INTERVAL,
     NOT_NEGATIVE,
     SEED,
     SHARE,
@@ -52,6 +53,11 @@ class Pretraining(Settings):
     label_column: str | None = flag(None, "for a dataset with several columns of classes; none: no evaluation")
     streaming: bool = flag(False, "read the data while training, where it does not fit the disk; needs --steps")
     skip_bad_images: bool = flag(False, "leave out and count images that cannot be read")
+    pixel_range: str | None = flag(
+        None,
+        "LOW,HIGH: values that become black and white, of files of more than 8 bits; default: from a sample",
+        range=INTERVAL,
+    )
     max_pixels: int = flag(100_000_000, "of an image; one that claims more is a bad image", range=at_least(1))
     workers: int | None = flag(
         None, "processes that decode large images; default: up to 8", range=NOT_NEGATIVE, on_resume=True

@@ -1,9 +1,12 @@
 """Batches do not depend on who makes them, nor on where a run begins."""
 
+import gc
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 import data
 from flags import UserError
-from loading import images
+from loading import batches, images
 from loading.batches import ORDER, Batches, Feed, Place, StreamBatches, generator, places_of
 from tests.test_data import RECIPES, encoded, every_source, folder, picture, spoiled, table
 
@@ -283,3 +286,46 @@ next(feed)
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
+
+
+def open_ends():
+    """Open files, threads and child processes of this process."""
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), len(multiprocessing.active_children())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux lists them")
+def test_evaluations_and_feeds_leave_nothing_open(place):
+    source = data.open_source(str(folder(place, 24, (70, 80))))
+    made = Batches(source, RECIPES, batch_size=4, part_size=4, rank=0, world=1, seed=0)
+
+    def use(ends):
+        for _ in batches.whole_images(source.train, source.rows, 16, workers=2, chunk=4):
+            pass
+        stream = Feed(made, 0, 3, 2, pin=False)
+        next(stream)
+        if ends:
+            assert len(list(stream)) == 2
+
+    use(True)
+    once = open_ends()
+    for i in range(4):
+        use(i % 2)
+    gc.collect()
+    assert open_ends() == once
+
+
+def test_the_place_of_a_bad_image_is_taken_among_the_rows_and_said(place):
+    """Not by an image that is held out; and `rows` are those that were read."""
+    source = data.open_source(str(spoiled(place, 40, (70, 90), bad=(6, 13))), skip_bad_images=True)
+    files = source.train.table.with_format("arrow")[:]["image"].to_pylist()
+    bad = {i for i, record in enumerate(files) if Path(record["path"]).stem in ("6", "13")}
+    rows = torch.tensor([i for i in range(0, 40, 2) if i not in bad] + sorted(bad)).unique()
+    few = source._replace(rows=rows)
+    made = Batches(few, RECIPES, batch_size=len(rows), part_size=len(rows), rank=0, world=1, seed=0)
+    stream = Feed(made, 0, 1, 0, pin=False)
+    a, _ = next(stream)
+    asked = made.rows(0).tolist()
+    for wanted, read in zip(asked, stream.rows.tolist()):
+        after = [x for x in rows.tolist() if x > wanted and x not in bad] + [x for x in rows.tolist() if x not in bad]
+        assert read == (after[0] if wanted in bad else wanted)
+    assert len(stream.bad) == 2 and len(a) == len(rows)

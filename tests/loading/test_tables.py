@@ -87,7 +87,7 @@ def test_folders_arrow_files_and_saved_datasets_are_read_in_place(place, cache, 
     assert disk(cache) == 0
     assert {path: path.stat().st_mtime_ns for path in spec.parent.rglob("*")} == before
     labels = source.train.labels(torch.arange(LARGE)).tolist()
-    seen = [np.asarray(data.decode(source.train.table[i]["image"])) for i in range(LARGE)]
+    seen = [np.asarray(images.decode(source.train.table[i]["image"])) for i in range(LARGE)]
     index = [int(np.flatnonzero([(x == noise(i)).all() for i in range(LARGE)])[0]) for x in seen]
     assert sorted(index) == list(range(LARGE)) and labels == [i % 2 for i in index]
 
@@ -158,7 +158,7 @@ def test_a_null_image_is_said(place, size, streaming):
         source = data.open_source("rows.parquet", skip_bad_images=True, label_column="none")
         with pytest.raises(UserError, match="row 3 of train is not .* read .the row has no image: it is null"):
             data.open_source("rows.parquet")
-            data.LargeImages(source.train.table, "train", False).whole(torch.tensor([3]), 12)
+            images.LargeImages(source.train.table, "train", False).whole(torch.tensor([3]), 12)
     else:
         with pytest.raises(UserError, match="the row has no image: it is null"):
             data.open_source("rows.parquet", streaming=True)

@@ -13,11 +13,12 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from eval.results import write_result
 from flags import RunError
 from methods import METHODS
 from train import pretrain
 from training import folder as run_folder
-from training import guards
+from training import guards, pictures
 
 ROOT = Path(__file__).parents[2]
 SHORT = dict(dataset="digits", split="train[:200]", batch_size=32, log_every=2, eval_every=0)
@@ -41,6 +42,101 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(place):
     assert run_folder.read_metrics(Path("run"))[-1]["step"] == step
     pretrain(resume="run", steps=step + 2)
     assert [line["step"] for line in run_folder.read_metrics(Path("run"))] == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize("kind", guards.SIGNALS)
+def test_signals_ask_to_stop_and_are_put_back(kind):
+    before = signal.getsignal(kind)
+    with guards.asked_to_stop() as asked:
+        signal.raise_signal(kind)
+        assert asked.is_set()
+    assert signal.getsignal(kind) == before
+
+
+def test_nohup_stays_as_it_is():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with guards.asked_to_stop() as asked:
+            signal.raise_signal(signal.SIGHUP)
+            assert not asked.is_set() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_goes_to_a_closed_terminal_goes_nowhere():
+    ours, theirs = os.openpty()
+    assert os.isatty(theirs)
+    guards._leave_closed([theirs])
+    assert os.isatty(theirs)  # open: lines are still shown
+    os.close(ours)
+    with pytest.raises(OSError):
+        os.write(theirs, b"a line")
+    guards._leave_closed([theirs])
+    assert os.write(theirs, b"a line") == 6
+    os.close(theirs)
+
+
+def full(path):
+    """Make `path` a file to which nothing can be written: the disk is full."""
+    path.symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "views.png", "curves.png", "backbone.safetensors"])
+def test_a_full_disk_is_one_line_whatever_is_written(place, monkeypatch, name):
+    write, append = run_folder.write, run_folder.append
+
+    def fills(path, save):
+        if path.name == name != "metrics.jsonl":  # which is written anew only where it is cut
+            full(path.with_name(f".{name}.part"))
+        write(path, save)
+
+    def fills_when_appended(path, line):
+        if path.name == name and path.exists() and path.stat().st_size:
+            path.rename("kept")
+            full(path)
+        append(path, line)
+
+    for module in (run_folder, pictures):
+        monkeypatch.setattr(module, "write", fills)
+    monkeypatch.setattr(run_folder, "append", fills_when_appended)
+    with pytest.raises(RunError) as caught:
+        pretrain(method="simclr", **SHORT, steps=6, checkpoint_every=2, out="run")
+    advice = "or name a folder on another disk: --out FOLDER" if name == "config.json" else "then --resume run"
+    advice = "then repeat the command" if name == "curves.png" else advice
+    assert str(caught.value) == f"run/{name} cannot be written (No space left on device); make room in run, {advice}"
+    assert not list(Path("run").glob(".*.part"))
+    if name == "config.json":
+        assert not Path("run").exists()  # the same command can be repeated
+        return
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    if name == "metrics.jsonl":
+        Path("kept").rename("run/metrics.jsonl")
+    if name != "curves.png":
+        pretrain(resume="run")
+    assert [line["step"] for line in run_folder.read_metrics(Path("run"))] == [2, 4, 6]
+
+
+def test_a_line_that_the_disk_has_no_room_for_leaves_no_half(place):
+    disk = place / "disk"
+    disk.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]).returncode:
+        pytest.skip("wants root, to mount a small tmpfs")
+    try:
+        path, lines = disk / "metrics.jsonl", 0
+        (disk / "results.json").write_text("before")
+        with pytest.raises(RunError, match="No space left on device"):
+            while True:
+                run_folder.append(path, json.dumps({"step": lines, "more": "x" * 9000}))
+                lines += 1
+        assert [line["step"] for line in run_folder.read_metrics(disk)] == list(range(lines)) and lines > 2
+        with pytest.raises(RunError, match="results.json cannot be written"):
+            run_folder.write(disk / "results.json", lambda file: file.write_text("x" * 90000))
+        assert (disk / "results.json").read_text() == "before" and len(list(disk.iterdir())) == 2
+        with pytest.raises(RunError, match="results.jsonl cannot be written .* make room in"):
+            write_result(disk, "knn", "digits", {"seed": 0, "more": "x" * 90000}, {})
+    finally:
+        subprocess.run(["umount", "-l", str(disk)])
 
 
 def killed(*words):

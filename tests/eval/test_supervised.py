@@ -1,0 +1,60 @@
+"""Training a classifier on labelled images, some of which cannot be read."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+
+import data
+from eval import supervised
+
+
+@pytest.mark.parametrize("side", [24, 70])
+def test_with_bad_images_the_label_is_that_of_the_image_that_was_read(place, monkeypatch, side):
+    """Cats are black and dogs are white, and so is what each label must belong to; small images, and large ones."""
+    for i in range(24):
+        path = place / "pets" / ("cat", "dog")[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((side, side, 3), 255 * (i % 2), np.uint8)).save(path)
+    for name in ("cat/22.png", "dog/23.png", "cat/04.png", "dog/01.png"):  # the last of a class, and others
+        (place / "pets" / name).write_bytes(b"no image")
+    train, test = data.open_labelled("pets", skip_bad_images=True)
+    shown, said = [], []
+
+    class Brightness(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, images):
+            shown.append(images.mean((1, 2, 3)).detach())
+            return images.mean((1, 2, 3))[:, None] * self.weight
+
+    true = supervised.F.cross_entropy
+
+    def checked(scores, truth):
+        assert torch.equal(truth, (shown[-1] > 0).long())
+        return true(scores, truth)
+
+    monkeypatch.setattr(supervised.F, "cross_entropy", checked)
+    task = SimpleNamespace(
+        accelerator=Accelerator(cpu=True), train=train, test=test, seed=0, workers=0, say=said.append,
+        backbone=SimpleNamespace(image_size=16),
+    )  # fmt: skip
+    model = Brightness()
+    descent = torch.optim.SGD(model.parameters(), lr=0.1)
+    supervised.fit(task, model, train.rows, descent, epochs=3, batch_size=len(train.rows))
+    assert len(shown) == 3
+    held = set(test.rows.tolist())
+    bad = [line for line in said if "cannot be read" in line]
+    assert len(bad) == 1 and bad[0].startswith("left out ") and ".png" in bad[0]
+    if side == 24:
+        assert bad[0].startswith("left out 4 images that cannot be read: ")
+    else:
+        names = [train.images.table[i]["image"]["path"] for i in train.rows.tolist()]
+        count = sum(name.endswith(("22.png", "23.png", "04.png", "01.png")) for name in names)
+        assert bad[0].startswith(f"left out {count} image") and held
