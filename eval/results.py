@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from flags import RunError, UserError
 from training import folder as run_folder
@@ -27,7 +28,7 @@ def write_result(folder: Path, protocol: str, dataset: str, settings: dict, metr
 
     Raises RunError where it cannot be written, or where a metric is NaN or infinite.
     """
-    line = {"protocol": protocol, "dataset": dataset, "settings": settings, "metrics": metrics}
+    line: dict[str, Any] = {"protocol": protocol, "dataset": dataset, "settings": settings, "metrics": metrics}
     line |= {"seed": settings.get("seed"), "versions": run_folder.versions()}
     path = folder / "results.jsonl"
     text = run_folder.json_line(line, path)

@@ -155,8 +155,8 @@ class SmallImages:
     def __init__(
         self, rows: Dataset, split: str, shape: tuple[int, int], skip_bad: bool, pixel_range=None, shrink=False
     ):
-        kept = {k: v for k, v in rows.features.items() if k == "label"}
-        features = Features(pixels=Value("binary"), row=Value("int64"), clipped=Value("int64"), **kept)
+        label = {k: v for k, v in rows.features.items() if k == "label"}
+        features = Features(pixels=Value("binary"), row=Value("int64"), clipped=Value("int64"), **label)
         way = dict(split=split, shape=shape, skip_bad=skip_bad, pixel_range=pixel_range, shrink=shrink)
         self.shape, kept_in = shape, _cached(rows, way)
         too_large = kept_in.with_suffix(".large")  # decoding once found one: it need not be tried again
@@ -178,8 +178,9 @@ class SmallImages:
             raise
         clipped = np.asarray(self.table["clipped"])
         self.clipped = int(clipped.sum()), int((clipped > 0).sum())
-        kept = set(self.table["row"].to_pylist()) if len(self.table) < len(rows) else range(len(rows))
-        self.bad = {row_name(i, split, rows[i]["image"]) for i in range(len(rows)) if i not in kept}
+        whole = len(self.table) == len(rows)
+        left_out = set() if whole else set(range(len(rows))).difference(self.table["row"].to_pylist())
+        self.bad = {row_name(i, split, rows[i]["image"]) for i in left_out}
 
     def __len__(self):
         return len(self.table)
@@ -253,7 +254,8 @@ class LargeImages:
     in_workers = True
 
     def __init__(self, rows: Dataset, split: str, skip_bad: bool, pixel_range=None):
-        self.table, self.split, self.skip_bad, self.bad = rows, split, skip_bad, set()
+        self.table, self.split, self.skip_bad = rows, split, skip_bad
+        self.bad: set[str] = set()
         self.pixel_range = pixel_range
 
     def __len__(self):

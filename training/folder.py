@@ -162,9 +162,9 @@ def json_line(line: dict, path: Path) -> str:
 def _not_finite(value, name: str = "") -> str:
     """The name of the first number in `value` that is not finite, as in "metrics top1"; empty where there is none."""
     if isinstance(value, dict):
-        inner = value.items()
+        inner = list(value.items())
     elif isinstance(value, (list, tuple)):
-        inner = enumerate(value)
+        inner = list(enumerate(value))
     else:
         return name if isinstance(value, float) and not math.isfinite(value) else ""
     return next(filter(None, (_not_finite(v, f"{name} {k}".strip()) for k, v in inner)), "")
@@ -238,6 +238,8 @@ def load_checkpoint(folder: Path, method, made_by: dict) -> tuple[dict, dict]:
     Raises UserError where it was made by something else than `made_by` says.
     """
     last = last_checkpoint(folder)
+    if last is None:
+        raise UserError(f"--resume {folder}: has no checkpoint")
     try:
         state = json.loads((last / "state.json").read_text())
         weights = load_file(last / "method.safetensors")
