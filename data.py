@@ -195,7 +195,7 @@ def open_labelled(
     max_pixels: int | None = None,
     way: Way = OPEN,
 ) -> tuple[Labelled, Labelled]:
-    """Open `dataset` for evaluation: images to learn from, and images to be judged by.
+    """Open `dataset` for evaluation: a training set and an evaluation set.
 
     These are the split that is called validation or test or, where there is none, the tenth that pretraining with this
     seed held out. Raises UserError where there are no labels, or where the two have other classes.
@@ -252,7 +252,7 @@ def _same_classes(dataset, train, test):
     known, asked = (set(part[1][part[3]].tolist()) - {-1} for part in (train, test))
     if len(known) < 2 or not asked:
         raise UserError(
-            f"--dataset {dataset}: {len(known)} classes to learn, {len(asked)} to be judged by; want 2 or more"
+            f"--dataset {dataset}: {len(known)} classes to train on, {len(asked)} to evaluate on; want 2 or more"
         )
     if train[2] != test[2]:
         unlike = [pair for pair in zip(train[2] or [], test[2] or []) if pair[0] != pair[1]]

@@ -86,7 +86,7 @@ class StreamBatches(IterableDataset):
     """The same from a stream, whose rows cannot be told by number.
 
     Each process has `readers`, one in each worker, which take turns to make its batches. A reader has shards of its
-    own, in another order each epoch, and shuffles their rows by blocks. From its place in `places` it goes on without
+    own, in another order each epoch, and shuffles their rows by blocks. From its place in `places` it continues without
     the shards that came before; in its shard it passes over rows undecoded.
     """
 

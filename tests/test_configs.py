@@ -1,4 +1,4 @@
-"""The files in configs/: Accelerate reads them as meant; the Slurm script stops, queues itself again and goes on."""
+"""The files in configs/: Accelerate reads them as meant; the Slurm script stops, queues itself again and resumes."""
 
 import os
 import signal

@@ -276,7 +276,7 @@ def test_a_folder_in_use_is_refused_and_left_alone(place):
         pretrain(resume="run", method="moco")
     assert before == {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
     Path("run/backbone.safetensors").unlink()
-    with pytest.raises(UserError, match="--out run: holds an unfinished run; go on with it: --resume run"):
+    with pytest.raises(UserError, match="--out run: holds an unfinished run; resume it: --resume run"):
         pretrain(**SHORT, out="run")
     Path("other").mkdir()
     Path("other/thesis.tex").write_text("mine")

@@ -104,7 +104,7 @@ def choose(out: str | None, method: str, dataset: str) -> Path:
             f"--out {out}: holds a finished run; write to another folder, or train it longer: --resume {out} --epochs N"
         )
     if (folder / "config.json").exists():
-        raise UserError(f"--out {out}: holds an unfinished run; go on with it: --resume {out}, or write elsewhere")
+        raise UserError(f"--out {out}: holds an unfinished run; resume it: --resume {out}, or write elsewhere")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--out {out}: is not empty and no run; name a folder that does not exist yet")
     return folder

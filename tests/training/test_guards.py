@@ -38,7 +38,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(place):
     last = run_folder.last_checkpoint(Path("run"))
     step = int(last.name[5:])
     assert run.returncode == 0
-    assert f"stopped at step {step}; go on with: accelerate launch bsim.py --resume run" in out.decode()
+    assert f"stopped at step {step}; resume it: accelerate launch bsim.py --resume run" in out.decode()
     assert run_folder.read_metrics(Path("run"))[-1]["step"] == step
     pretrain(resume="run", steps=step + 2)
     assert [line["step"] for line in run_folder.read_metrics(Path("run"))] == list(range(1, step + 3))
