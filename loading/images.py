@@ -20,7 +20,7 @@ from bsim import ViewRecipe, random_crop_box
 from flags import UserError, progress
 from loading import files, pixels
 
-SMALL = 64  # images whose longer side is at most this are decoded once, and cached
+DECODED_ONCE = 64  # images whose longer side is at most this are decoded once, and cached
 PIXELS = 100_000_000  # an image that claims more is refused before it is decoded; `limit` sets it
 ORIENTATION = ExifTags.Base.Orientation
 Image.MAX_IMAGE_PIXELS = None
@@ -140,13 +140,13 @@ class Met(NamedTuple):
 
 
 class TooLarge(Exception):
-    """An image of more than SMALL pixels among small ones."""
+    """An image of more than DECODED_ONCE pixels among small ones."""
 
 
 class SmallImages:
     """Images decoded once, all made one shape. With skip_bad the bad ones are left out, and `bad` says which.
 
-    `clipped`: how many values lie beyond pixel_range, and in how many images. An image of more than SMALL pixels raises
+    `clipped`: how many values lie beyond pixel_range, and in how many images. An image of more than DECODED_ONCE pixels raises
     TooLarge, or with `shrink` is made the shape too.
     """
 
@@ -234,7 +234,7 @@ def _decode_batch(batch, indices, split, shape, skip_bad, pixel_range, shrink, d
             if skip_bad:
                 continue
             raise bad_row(row, split, error, batch["image"][i]) from None
-        if max(image.size) > SMALL and not shrink:
+        if max(image.size) > DECODED_ONCE and not shrink:
             raise TooLarge
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
