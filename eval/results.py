@@ -32,7 +32,7 @@ def write_result(folder: Path, protocol: str, dataset: str, settings: dict, metr
     line |= {"seed": settings.get("seed"), "versions": run_folder.versions()}
     path = folder / "results.jsonl"
     text = run_folder.json_line(line, path)
-    half = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+    half = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
     try:
         run_folder.append(path, "\n" * bool(half) + text)
     except RunError as error:

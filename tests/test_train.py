@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from flags import UserError
+from flags import RunError, UserError
 from methods import METHODS
 from methods.networks import backbone
 from train import pretrain
@@ -368,6 +368,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError):
+    with pytest.raises(RunError, match=r"config.json cannot be written \(disk full\); make room in"):
         run_folder.write(path, fails)
     assert json.loads(path.read_text()) == {"a": 1}

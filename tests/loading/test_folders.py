@@ -289,6 +289,7 @@ def raw(rows):
     return rows.cast_column("image", datasets.Image(decode=False))["image"]
 
 
+@pytest.mark.slow
 def test_two_processes_read_the_same_rows(place):
     root = tree(place / "d", [*pets(20, "cat", "dog"), b"dog/\xff.png"])
     code = (
