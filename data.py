@@ -4,9 +4,8 @@ import math
 import os
 import re
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
@@ -59,7 +58,7 @@ def check_same(source, dataset: str, recorded: str | None, moved: bool) -> None:
 class Source(NamedTuple):
     """An opened dataset. `queries` and `bank` are (images, rows) for k-NN, or None where that is not possible."""
 
-    train: SmallImages | LargeImages | datasets.IterableDataset
+    train: Any  # SmallImages, LargeImages, or a stream: a datasets.IterableDataset
     rows: torch.Tensor | None  # the rows to train on; None for a stream
     bank: tuple | None
     queries: tuple | None
@@ -102,7 +101,7 @@ def open_source(
     limit(max_pixels or PIXELS)
     with opening(dataset):
         opened = sources.opened(dataset, subset, streaming, skip_bad_images, remembered)
-        names = dict(image=image_column, label=label_column)
+        names: dict = dict(image=image_column, label=label_column)
         train = columns.chosen(_take_split(opened, split, dataset), f"{dataset}, {split}", **names)
         held_out = None
         eval_split = eval_split or _split_to_evaluate(opened.splits, split)
@@ -196,7 +195,7 @@ def open_labelled(
     max_pixels: int | None = None,
     way: Way = OPEN,
 ) -> tuple[Labelled, Labelled]:
-    """Open `dataset` for evaluation: images to learn from, and images to be judged by.
+    """Open `dataset` for evaluation: a training set and an evaluation set.
 
     These are the split that is called validation or test or, where there is none, the tenth that pretraining with this
     seed held out. Raises UserError where there are no labels, or where the two have other classes.
@@ -234,27 +233,29 @@ def open_labelled(
     if len(opened) == 1:
         rows = torch.randperm(len(opened[0][0]), generator=generator(seed, SPLIT))
         kept = min(QUERIES, len(rows) // 10)
-        parts = [(*opened[0], rows[kept:].sort().values), (*opened[0], rows[:kept].sort().values)]
+        two = [(*opened[0], rows[kept:].sort().values), (*opened[0], rows[:kept].sort().values)]
     else:
-        parts = [(*part, torch.arange(len(part[0]))) for part in opened]
-    _same_classes(dataset, *parts)
-    classes = parts[0][1][parts[0][3]]
+        two = [(*part, torch.arange(len(part[0]))) for part in opened]
+    _same_classes(dataset, *two)
+    classes = two[0][1][two[0][3]]
     classes = classes[classes >= 0].unique()
-    notes, mark = (*said, *(f"note: {note}" for note in (*found.notes, *notes))), found.fingerprint
-    found = []
-    for images, numbers, names, rows in parts:
+    lines = (*said, *(f"note: {note}" for note in (*found.notes, *notes)))
+
+    def labelled(images, numbers, names, rows):
         rows = rows[numbers[rows] >= 0]
         labels = torch.searchsorted(classes, numbers[rows])
         listed = [names[c] if names else str(c) for c in classes.tolist()]
-        found.append(Labelled(images, rows, labels, listed, notes, mark))
-    return tuple(found)
+        return Labelled(images, rows, labels, listed, lines, found.fingerprint)
+
+    train, test = (labelled(*part) for part in two)
+    return train, test
 
 
 def _same_classes(dataset, train, test):
     known, asked = (set(part[1][part[3]].tolist()) - {-1} for part in (train, test))
     if len(known) < 2 or not asked:
         raise UserError(
-            f"--dataset {dataset}: {len(known)} classes to learn, {len(asked)} to be judged by; want 2 or more"
+            f"--dataset {dataset}: {len(known)} classes to train on, {len(asked)} to evaluate on; want 2 or more"
         )
     if train[2] != test[2]:
         unlike = [pair for pair in zip(train[2] or [], test[2] or []) if pair[0] != pair[1]]

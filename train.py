@@ -252,7 +252,7 @@ def loop(t: Training, peers: Peers) -> bool:
             if stops and not last:
                 bar.close()
                 t.accelerator.end_training()
-                t.accelerator.print(f"stopped at step {done}; go on with: accelerate launch bsim.py --resume {folder}")
+                t.accelerator.print(f"stopped at step {done}; resume it: accelerate launch bsim.py --resume {folder}")
                 return False
     bar.close()
     return True

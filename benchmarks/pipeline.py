@@ -140,7 +140,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, default=10, help="of 64 images, in each turn")
     parser.add_argument("--rows", type=int, nargs="+", help="measure memory with so many rows instead")
-    parser.add_argument("--folder", help="where the parquet files go; by itself a temporary folder")
+    parser.add_argument("--folder", help="where the parquet files go; default: a temporary folder")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -3,7 +3,7 @@
     python benchmarks/study.py --dataset DIR --out runs/study --jobs 2 --grids methods passes
     python benchmarks/study.py --dataset DIR --out runs/study --jobs 2 --grids length mixtures siblings --best simclr
 
-A finished cell is not run again and a broken one goes on where it was, so the same command ends what was interrupted.
+A finished cell is not run again and a broken one is resumed, so the same command ends what was interrupted.
 Leaves the runs, results.jsonl with a line a cell, findings.md and uniformity.png (which findings.py makes again from
 results.jsonl alone), and eval.compare's tables and charts in compare-NUMBER. What follows -- are flags of every run, in
 the place of the study's own. A folder's cells are of one size, one dataset, the same flags and one commit.
@@ -131,7 +131,7 @@ def flags_of(settings: dict) -> list[str]:
 
 
 def train_and_judge(cell: dict, folder: Path, options, more: dict, gpu) -> None:
-    """Pretrain the cell, or go on with it, and judge it by each protocol that has not judged it yet."""
+    """Pretrain or resume the cell, and evaluate it by each protocol that has not yet been run."""
     log, start = folder.with_name(f"{folder.name}.log"), time.time()
     # Methods of benchmarks are known to their own file alone, which takes the same commands.
     program = {name: ["-m", f"eval.{name}"] for name in PROTOCOLS} | {"pretrain": ["bsim.py"]}
@@ -224,7 +224,7 @@ def main():
     )
     parser.add_argument("--best", choices=METHODS, default="simclr", help="the method that gained most by `methods`")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, help="runs at once; by itself the GPUs, or the cores")
+    parser.add_argument("--jobs", type=int, help="runs at once; default: the GPUs, or the cores")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     options = parser.parse_args(sys.argv[1:cut])
     options.dataset, out = str(Path(options.dataset).resolve()), Path(options.out).resolve()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # sbatch configs/slurm.sh --method moco --dataset DIR --out /shared/runs/moco    (from the repository; a disk of all nodes)
 # Three minutes before its time is over, or when it is pre-empted, the job saves, stops and queues itself again, and then
-# goes on where it was: bsim.py gets --resume.
+# resumes: bsim.py gets --resume.
 #SBATCH --job-name=bsim
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

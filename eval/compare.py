@@ -66,7 +66,7 @@ def read_run(path: str) -> dict:
     folder = Path(path)
     config = config_of(folder, "--runs")
     if not (folder / "backbone.safetensors").exists():
-        raise UserError(f"--runs {folder}: is not finished; go on with it, or leave it out")
+        raise UserError(f"--runs {folder}: is not finished; resume it, or leave it out")
     if not {"method", "seed"} <= config.keys():
         raise UserError(f"--runs {folder}: its config.json has no method or no seed: this is no run of pretraining")
     return {"folder": folder, "config": config, "results": results_of(folder)}

@@ -295,7 +295,7 @@ def _train(accelerator, model, bare, optimizer, batches, s, workers, folder, fir
                     run_folder.save_checkpoint(folder, done, bare, optimizer.state_dict(), state, KEEP)
                 accelerator.wait_for_everyone()
             if stops and not last:
-                accelerator.print(f"stopped at step {done}; go on with: python -m eval.detect --resume {folder}")
+                accelerator.print(f"stopped at step {done}; resume it: python -m eval.detect --resume {folder}")
                 return False
     return True
 

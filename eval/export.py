@@ -247,7 +247,7 @@ def _measured(metrics):
     return ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items())
 
 
-FORMATS = {  # who makes it, and what it is called by itself, in RUN/export
+FORMATS = {  # who makes it, and its default name in RUN/export
     "timm": (for_timm, "timm.safetensors"),
     "torchvision": (for_torchvision, "torchvision.safetensors"),
     "detectron2": (for_detectron2, "detectron2.pkl"),  # Detectron2 tells the format by this ending

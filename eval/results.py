@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from flags import RunError, UserError
 from training import folder as run_folder
@@ -27,15 +28,13 @@ def write_result(folder: Path, protocol: str, dataset: str, settings: dict, metr
 
     Raises RunError where it cannot be written, or where a metric is NaN or infinite.
     """
-    line = {"protocol": protocol, "dataset": dataset, "settings": settings, "metrics": metrics}
+    line: dict[str, Any] = {"protocol": protocol, "dataset": dataset, "settings": settings, "metrics": metrics}
     line |= {"seed": settings.get("seed"), "versions": run_folder.versions()}
     path = folder / "results.jsonl"
     text = run_folder.json_line(line, path)
+    half = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
     try:
-        half = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
         run_folder.append(path, "\n" * bool(half) + text)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}); {protocol} gave {metrics}") from error
     except RunError as error:
         raise RunError(f"{error}; {protocol} gave {metrics}") from error
 

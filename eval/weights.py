@@ -18,7 +18,7 @@ from training.resolve import LOOP
 
 
 class Backbone(NamedTuple):
-    network: Any  # an nn.Module with timm's attributes: images [N, 3, image_size, image_size] to features [N, network.num_features]
+    network: Any  # of timm: images [N, 3, image_size, image_size] to features [N, network.num_features]
     name: str
     image_size: int
     folder: Path  # where its results go

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetInfo, Features, Value
 
 from flags import UserError
 from loading.files import as_text, member, shown
-from loading.folders import Listing, ending, endings, is_hidden, key
+from loading.folders import Listing, ending, endings, is_hidden, key, remember
 
 TEXT = 1024  # bytes of a label, at most
 
@@ -69,7 +69,7 @@ def _after(file, end):
         return f"is damaged at byte {end:,}"
     while block := file.read(1 << 20):
         if block.strip(b"\0"):
-            return f"goes on after its end at byte {end:,}: were two files joined?"
+            return f"has more after its end at byte {end:,}: were two files joined?"
     return None
 
 
@@ -86,14 +86,7 @@ def remembered(path: str) -> Archive:
     found = index(path)
     if found.problem is None:
         table = pa.table([*map(pa.array, found[:3]), pa.array(found.texts, pa.binary())], list(Archive._fields[:4]))
-        aside = kept.with_name(f"{kept.name}.{os.getpid()}.part")
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-                writer.write_table(table)
-            aside.replace(kept)
-        except OSError:  # a full disk: it is indexed anew each time
-            aside.unlink(missing_ok=True)
+        remember(table, kept)
     return found
 
 

@@ -86,7 +86,7 @@ class StreamBatches(IterableDataset):
     """The same from a stream, whose rows cannot be told by number.
 
     Each process has `readers`, one in each worker, which take turns to make its batches. A reader has shards of its
-    own, in another order each epoch, and shuffles their rows by blocks. From its place in `places` it goes on without
+    own, in another order each epoch, and shuffles their rows by blocks. From its place in `places` it continues without
     the shards that came before; in its shard it passes over rows undecoded.
     """
 
@@ -181,7 +181,9 @@ def _begin_worker(worker):
         signal.signal(kind, signal.SIG_IGN)
 
 
-WORKERS = weakref.WeakSet()  # not a handler for each iterator: it would hold finished workers and their pipes
+WORKERS: weakref.WeakSet = (
+    weakref.WeakSet()
+)  # not a handler for each iterator: it would hold finished workers and their pipes
 
 
 @atexit.register
@@ -209,11 +211,10 @@ class Feed:
     """
 
     def __init__(self, batches: Batches | StreamBatches, start: int, stop: int, workers: int, pin: bool):
-        options = dict(batch_size=None, num_workers=workers, pin_memory=pin)
-        streams = isinstance(batches, StreamBatches)
-        options |= {} if streams else dict(sampler=range(start, stop))
+        options: dict = dict(batch_size=None, num_workers=workers, pin_memory=pin)
+        self.places = list(batches.places) if isinstance(batches, StreamBatches) else None
+        options |= {} if self.places else dict(sampler=range(start, stop))
         self.made, self.bad = iterate(batches, **options), set(batches.source.bad)
-        self.places = list(batches.places) if streams else None
         self.ahead = 2 * workers  # DataLoader's prefetch_factor
         self.rows, self.clipped = None, 0
 

@@ -94,21 +94,25 @@ def listed(root: Path, remembered: bool = False) -> Listing:
     names = [name for name, *_ in found]
     numbers = np.array([row[1:] for row in found], np.int64).reshape(-1, 3)
     listing = Listing(top, names, numbers[:, 0].copy(), numbers[:, 1:].copy())
-    _remember(listing, kept)
+    remember(_as_table(listing), kept)
     return listing
 
 
-def _remember(listing, path):
+def _as_table(listing):
     columns = [listing.sizes, listing.times[:, 0], listing.times[:, 1]]
     names = pa.array([os.fsencode(name) for name in listing.names], pa.binary())
-    table = pa.table([names, *map(pa.array, columns)], ["name", "size", "written", "changed"])
+    return pa.table([names, *map(pa.array, columns)], ["name", "size", "written", "changed"])
+
+
+def remember(table: pa.Table, path: Path) -> None:
+    """Write `table` beside `path`, then rename it. Nothing is kept where that is not possible."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
         aside.replace(path)
-    except OSError:  # a full disk, or a cache that may not be written to: the next process lists anew
+    except OSError:  # a full disk, or a cache that may not be written to: it is made anew each time
         aside.unlink(missing_ok=True)
 
 

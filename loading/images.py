@@ -22,7 +22,7 @@ from bsim import ViewRecipe, random_crop_box
 from flags import UserError, progress
 from loading import files, pixels
 
-SMALL = 64  # images whose longer side is at most this are decoded once, and cached
+DECODED_ONCE = 64  # images whose longer side is at most this are decoded once, and cached
 PIXELS = 100_000_000  # an image that claims more is refused before it is decoded; `limit` sets it
 ORIENTATION = ExifTags.Base.Orientation
 Image.MAX_IMAGE_PIXELS = None
@@ -142,14 +142,14 @@ class Met(NamedTuple):
 
 
 class TooLarge(Exception):
-    """An image of more than SMALL pixels among small ones."""
+    """An image of more than DECODED_ONCE pixels among small ones."""
 
 
 class SmallImages:
     """Images decoded once, all made one shape. With skip_bad the bad ones are left out, and `bad` says which.
 
-    `clipped`: how many values lie beyond pixel_range, and in how many images. An image of more than SMALL pixels raises
-    TooLarge, or with `shrink` is made the shape too.
+    `clipped`: how many values lie beyond pixel_range, and in how many images. An image of more than DECODED_ONCE pixels
+    raises TooLarge, or with `shrink` is made the shape too.
     """
 
     in_workers = False
@@ -157,8 +157,8 @@ class SmallImages:
     def __init__(
         self, rows: Dataset, split: str, shape: tuple[int, int], skip_bad: bool, pixel_range=None, shrink=False
     ):
-        kept = {k: v for k, v in rows.features.items() if k == "label"}
-        features = Features(pixels=Value("binary"), row=Value("int64"), clipped=Value("int64"), **kept)
+        label = {k: v for k, v in rows.features.items() if k == "label"}
+        features = Features(pixels=Value("binary"), row=Value("int64"), clipped=Value("int64"), **label)
         way = dict(split=split, shape=shape, skip_bad=skip_bad, pixel_range=pixel_range, shrink=shrink)
         self.shape, kept_in = shape, _cached(rows, way)
         too_large = kept_in.with_suffix(".large")  # decoding once found one: it need not be tried again
@@ -178,8 +178,9 @@ class SmallImages:
             raise
         clipped = np.asarray(self.table["clipped"])
         self.clipped = int(clipped.sum()), int((clipped > 0).sum())
-        kept = set(self.table["row"].to_pylist()) if len(self.table) < len(rows) else range(len(rows))
-        self.bad = {row_name(i, split, rows[i]["image"]) for i in range(len(rows)) if i not in kept}
+        whole = len(self.table) == len(rows)
+        left_out = set() if whole else set(range(len(rows))).difference(self.table["row"].to_pylist())
+        self.bad = {row_name(i, split, rows[i]["image"]) for i in left_out}
 
     def __len__(self):
         return len(self.table)
@@ -246,7 +247,7 @@ def _decode_batch(batch, indices, split, shape, skip_bad, pixel_range, shrink, d
             if skip_bad:
                 continue
             raise bad_row(row, split, error, batch["image"][i]) from None
-        if max(image.size) > SMALL and not shrink:
+        if max(image.size) > DECODED_ONCE and not shrink:
             raise TooLarge
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
@@ -266,7 +267,8 @@ class LargeImages:
     in_workers = True
 
     def __init__(self, rows: Dataset, split: str, skip_bad: bool, pixel_range=None):
-        self.table, self.split, self.skip_bad, self.bad = rows, split, skip_bad, set()
+        self.table, self.split, self.skip_bad = rows, split, skip_bad
+        self.bad: set[str] = set()
         self.pixel_range = pixel_range
 
     def __len__(self):

@@ -43,7 +43,7 @@ def decided(low: float, high: float, floats: bool) -> tuple[tuple[float, float],
     elif low >= 0 and high < 2 ** DEPTHS[-1]:
         bits = next(bits for bits in DEPTHS if high < 2**bits)
         return (0, 2**bits - 1), f"{bits}-bit"
-    return interval((low, high if high > low else low + 1)), "measured"
+    return interval((low, high if high > low else low + 1)) or (0, 1), "measured"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,7 +71,8 @@ def deep(image: Image.Image, file=None) -> np.ndarray | None:
 
 def is_deep_png(image: Image.Image) -> bool:
     """Whether this is a colour PNG of 16 bits, not decoded yet."""
-    tile = image.tile[0] if image.format == "PNG" and image.tile else None
+    tiles: list = getattr(image, "tile", [])  # of an opened file
+    tile = tiles[0] if image.format == "PNG" and tiles else None
     return tile is not None and image.mode in ("RGB", "RGBA", "LA") and ";16" in str(tile[3])
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from flags import UserError, interval
 from loading import pixels
 from loading.files import counted
-from loading.images import SMALL, LargeImages, SmallImages, TooLarge, bad_row, decode, opened
+from loading.images import DECODED_ONCE, LargeImages, SmallImages, TooLarge, bad_row, decode, opened
 
 SHAPES, SAMPLE = 16, 256  # images whose shape, and whose pixel values, decide
 JPEG = b"\xff\xd8"
@@ -49,7 +49,7 @@ def of_rows(parts: dict, skip_bad: bool, way: Way) -> tuple[dict, Way, int, list
     shape = next(iter(shapes.values()))
     pair, seen = _pixel_range(parts, skip_bad, way)
     decides = way.small is None
-    small = max(max(shape) for shape in shapes.values()) <= SMALL if decides else way.small
+    small = max(max(shape) for shape in shapes.values()) <= DECODED_ONCE if decides else way.small
     made = Way(small, (way.shape or shape) if small else None, pair, way.flag)
     try:
         images = {split: _images(rows, split, made, skip_bad, decides) for split, rows in parts.items()}

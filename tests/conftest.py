@@ -14,7 +14,9 @@ def datasets_cache(tmp_path_factory):
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     datasets.disable_progress_bars()
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # a stream waits so long at each end of its data; 5 by itself
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = (
+        0.1  # a stream waits so long at each end of its data; the default is 5
+    )
 
 
 @pytest.fixture

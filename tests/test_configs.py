@@ -1,4 +1,4 @@
-"""The files in configs/: Accelerate reads them as meant; the Slurm script stops, queues itself again and goes on."""
+"""The files in configs/: Accelerate reads them as meant; the Slurm script stops, queues itself again and resumes."""
 
 import os
 import signal
@@ -48,6 +48,7 @@ STUBS = {
 }
 
 
+@pytest.mark.slow
 def test_the_slurm_script_queues_itself_again_and_goes_on(place):
     """With stand-ins for Slurm's commands and for `accelerate`, which wants 16 GPUs."""
     for name, body in STUBS.items():

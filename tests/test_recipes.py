@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+import data
 import flags
 from methods import METHODS
 from methods.networks import backbone
@@ -123,7 +124,7 @@ def test_it_comes_to_a_run(name, sim_weight, monkeypatch):
     images, side, world = (1_281_167, 500, 8) if name.startswith("imagenet") else (50_000, 32, 1)
     typed = {"recipe": str(RECIPES / f"{name}.yaml")} | ({} if sim_weight is None else {"sim_weight": sim_weight})
     asked, given = flags.read(Pretraining, typed)
-    source = SimpleNamespace(images=images, side=side, fingerprint=None)
+    source = SimpleNamespace(images=images, side=side, fingerprint=None, way=data.OPEN)
     hardware = dict(device="cuda", world=world, mixed_precision="bf16")
     s, _ = resolve.resolve(asked, given, source, METHODS[asked.method], **hardware)
     kept = {**s.config()}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from flags import UserError
+from flags import RunError, UserError
 from methods import METHODS
 from methods.networks import backbone
 from train import pretrain
@@ -276,7 +276,7 @@ def test_a_folder_in_use_is_refused_and_left_alone(place):
         pretrain(resume="run", method="moco")
     assert before == {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
     Path("run/backbone.safetensors").unlink()
-    with pytest.raises(UserError, match="--out run: holds an unfinished run; go on with it: --resume run"):
+    with pytest.raises(UserError, match="--out run: holds an unfinished run; resume it: --resume run"):
         pretrain(**SHORT, out="run")
     Path("other").mkdir()
     Path("other/thesis.tex").write_text("mine")
@@ -368,6 +368,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError):
+    with pytest.raises(RunError, match=r"config.json cannot be written \(disk full\); make room in"):
         run_folder.write(path, fails)
     assert json.loads(path.read_text()) == {"a": 1}

@@ -64,13 +64,13 @@ def write(path: Path, save) -> None:
             raise
 
 
-def append(path: Path, text: str) -> None:
-    """Add `text` to `path`. Raises RunError where it cannot be written; the file is then what it was."""
+def append(path: Path, line: str) -> None:
+    """Add a line to `path`. Raises RunError where it cannot be written; the file is then what it was."""
     with writing(path):
         before = path.stat().st_size if path.exists() else 0
         try:
             with open(path, "a") as file:
-                file.write(text)
+                file.write(line + "\n")
         except OSError:
             with suppress(OSError):
                 os.truncate(path, before)
@@ -104,7 +104,7 @@ def choose(out: str | None, method: str, dataset: str) -> Path:
             f"--out {out}: holds a finished run; write to another folder, or train it longer: --resume {out} --epochs N"
         )
     if (folder / "config.json").exists():
-        raise UserError(f"--out {out}: holds an unfinished run; go on with it: --resume {out}, or write elsewhere")
+        raise UserError(f"--out {out}: holds an unfinished run; resume it: --resume {out}, or write elsewhere")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--out {out}: is not empty and no run; name a folder that does not exist yet")
     return folder
@@ -156,15 +156,15 @@ def json_line(line: dict, path: Path) -> str:
     wrong = _not_finite(line)
     if wrong:
         raise RunError(f"{wrong} is NaN or infinite, which is no figure; nothing was added to {path}")
-    return json.dumps(line, allow_nan=False) + "\n"
+    return json.dumps(line, allow_nan=False)
 
 
 def _not_finite(value, name: str = "") -> str:
     """The name of the first number in `value` that is not finite, as in "metrics top1"; empty where there is none."""
     if isinstance(value, dict):
-        inner = value.items()
+        inner = list(value.items())
     elif isinstance(value, (list, tuple)):
-        inner = enumerate(value)
+        inner = list(enumerate(value))
     else:
         return name if isinstance(value, float) and not math.isfinite(value) else ""
     return next(filter(None, (_not_finite(v, f"{name} {k}".strip()) for k, v in inner)), "")
@@ -239,6 +239,8 @@ def load_checkpoint(folder: Path, method, made_by: dict) -> tuple[dict, dict]:
     Raises UserError where it was made by something else than `made_by` says.
     """
     last = last_checkpoint(folder)
+    if last is None:
+        raise UserError(f"--resume {folder}: has no checkpoint")
     try:
         state = json.loads((last / "state.json").read_text())
         weights = load_file(last / "method.safetensors")

@@ -91,8 +91,8 @@ def check_finite(accelerator, losses: list, folder: Path, done: int, accumulate:
     """
     values = torch.stack([torch.as_tensor(v, device=accelerator.device) for v in losses])
     bad = (~values.isfinite()).nonzero().flatten()
-    first = bad[:1] if len(bad) else torch.full((1,), len(values), device=values.device)
-    first = int(accelerator.gather(first).min())
+    own = bad[:1] if len(bad) else torch.full((1,), len(values), device=values.device)
+    first = int(accelerator.gather(own).min())
     if first == len(values):
         return
     step = done - (len(values) - 1 - first) // accumulate

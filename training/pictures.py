@@ -15,7 +15,7 @@ SIM, BSIM, BOTH, OTHER = "#0072B2", "#D55E00", "#CC79A7", "#666666"
 
 def colour_of(sim_weight: float | None) -> str:
     """Of a run with this sim_weight; None: of what was not pretrained."""
-    return OTHER if sim_weight is None else {1: SIM, 0: BSIM}.get(sim_weight, BOTH)
+    return OTHER if sim_weight is None else {1.0: SIM, 0.0: BSIM}.get(sim_weight, BOTH)
 
 
 def marks(axis) -> list:

@@ -406,7 +406,7 @@ def test_a_run_leaves_its_result_and_goes_on_as_if_nothing_had_been(place, capsy
         path.unlink()
     last.rmdir()
     Path("cut/result.json").unlink()
-    with pytest.raises(UserError, match="holds an unfinished run; go on with it: --resume cut"):
+    with pytest.raises(UserError, match="holds an unfinished run; resume it: --resume cut"):
         detect(**options, out="cut")
     with pytest.raises(UserError, match="that run has --lr 0.02, not 0.5"):
         detect(resume="cut", lr=0.5)
@@ -437,7 +437,7 @@ def test_a_signal_saves_and_says_how_to_go_on(place):
     out, _ = run.communicate(timeout=60)
     step = int(run_folder.last_checkpoint(Path("run")).name[5:])
     assert run.returncode == 0
-    assert f"stopped at step {step}; go on with: python -m eval.detect --resume run" in out.decode()
+    assert f"stopped at step {step}; resume it: python -m eval.detect --resume run" in out.decode()
     assert run_folder.read_metrics(Path("run"))[-1]["step"] == step and not Path("run/result.json").exists()
 
 

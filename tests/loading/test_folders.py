@@ -6,6 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -285,9 +286,10 @@ def test_used_plus_left_out_is_all_there_is(entries):
 
 
 def raw(rows):
-    return rows.cast_column("image", data.datasets.Image(decode=False))["image"]
+    return rows.cast_column("image", datasets.Image(decode=False))["image"]
 
 
+@pytest.mark.slow
 def test_two_processes_read_the_same_rows(place):
     root = tree(place / "d", [*pets(20, "cat", "dog"), b"dog/\xff.png"])
     code = (

@@ -38,7 +38,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(place):
     last = run_folder.last_checkpoint(Path("run"))
     step = int(last.name[5:])
     assert run.returncode == 0
-    assert f"stopped at step {step}; go on with: accelerate launch bsim.py --resume run" in out.decode()
+    assert f"stopped at step {step}; resume it: accelerate launch bsim.py --resume run" in out.decode()
     assert run_folder.read_metrics(Path("run"))[-1]["step"] == step
     pretrain(resume="run", steps=step + 2)
     assert [line["step"] for line in run_folder.read_metrics(Path("run"))] == list(range(1, step + 3))
@@ -90,11 +90,11 @@ def test_a_full_disk_is_one_line_whatever_is_written(place, monkeypatch, name):
             full(path.with_name(f".{name}.part"))
         write(path, save)
 
-    def fills_when_appended(path, text):
+    def fills_when_appended(path, line):
         if path.name == name and path.exists() and path.stat().st_size:
             path.rename("kept")
             full(path)
-        append(path, text)
+        append(path, line)
 
     for module in (run_folder, pictures):
         monkeypatch.setattr(module, "write", fills)
@@ -127,7 +127,7 @@ def test_a_line_that_the_disk_has_no_room_for_leaves_no_half(place):
         (disk / "results.json").write_text("before")
         with pytest.raises(RunError, match="No space left on device"):
             while True:
-                run_folder.append(path, json.dumps({"step": lines, "more": "x" * 9000}) + "\n")
+                run_folder.append(path, json.dumps({"step": lines, "more": "x" * 9000}))
                 lines += 1
         assert [line["step"] for line in run_folder.read_metrics(disk)] == list(range(lines)) and lines > 2
         with pytest.raises(RunError, match="results.json cannot be written"):

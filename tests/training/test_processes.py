@@ -47,7 +47,7 @@ def test_two_processes_stop_together_and_go_on_as_if_nothing_had_been(place):
     said, _ = run.communicate(timeout=60)
     step = int(run_folder.last_checkpoint(Path("cut")).name[5:])
     assert run.returncode == 0 and 14 <= step < 60
-    assert said.count(f"stopped at step {step}; go on with: accelerate launch bsim.py --resume cut") == 1
+    assert said.count(f"stopped at step {step}; resume it: accelerate launch bsim.py --resume cut") == 1
     assert "note: on CPUs" not in said  # moco shuffles, which CPUs can
     torchrun(place, 2, "--resume", "cut")
     one, two = (load_file(run_folder.last_checkpoint(Path(run)) / "method.safetensors") for run in ("whole", "cut"))
