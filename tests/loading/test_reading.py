@@ -100,7 +100,7 @@ def test_files_that_change_under_equal_sizes_and_times_are_read_again(place, kin
 
 
 def test_the_sample_is_the_same_for_the_same_rows():
-    rows = table(40)
+    rows = table(40).rename_column("img", "image")
     picked = [row for row, _ in reading._spread(rows, 16)]
     assert picked == [row for row, _ in reading._spread(rows, 16)] and picked[0] == 0 and len(picked) <= 20
 
