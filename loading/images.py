@@ -148,8 +148,8 @@ class TooLarge(Exception):
 class SmallImages:
     """Images decoded once, all made one shape. With skip_bad the bad ones are left out, and `bad` says which.
 
-    `clipped`: how many values lie beyond pixel_range, and in how many images. An image of more than DECODED_ONCE pixels
-    raises TooLarge, or with `shrink` is made the shape too.
+    `clipped`: how many values lie beyond pixel_range, and in how many images. An image of more than DECODED_ONCE
+    pixels raises TooLarge, or with `shrink` is made the shape too.
     """
 
     in_workers = False
