@@ -53,7 +53,8 @@ def decided(low: float, high: float, floats: bool) -> tuple[tuple[float, float],
 def deep(image: Image.Image, file=None) -> np.ndarray | None:
     """Values of an image of more than 8 bits, [H, W] or [H, W, C]; None for one of 8 bits.
 
-    file: the opened file, for a colour PNG of 16 bits, of which Pillow reads 8. Raises ValueError for NaN or infinity.
+    file: the opened file, for a colour PNG of 16 bits, of which Pillow reads 8. Raises ValueError for NaN or infinity,
+    and for colour of 16 bits in another format, of which Pillow reads the upper 8 bits.
     """
     if image.mode[0] in "IF":
         values = np.asarray(image)
@@ -61,6 +62,8 @@ def deep(image: Image.Image, file=None) -> np.ndarray | None:
         if bad:
             raise ValueError(f"{bad:,} of its {values.size:,} values are NaN or infinite")
         return values
+    if image.format != "PNG" and _raw_depth(image):
+        raise ValueError(f"a colour {image.format} of 16 bits, of which only the upper 8 can be read; save it as PNG")
     if file is not None and is_deep_png(image):
         alpha = "A" in image.getbands()
         content = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
@@ -71,9 +74,16 @@ def deep(image: Image.Image, file=None) -> np.ndarray | None:
 
 def is_deep_png(image: Image.Image) -> bool:
     """Whether this is a colour PNG of 16 bits, not decoded yet."""
+    return image.format == "PNG" and _raw_depth(image)
+
+
+def _raw_depth(image):
+    """Whether the file has 16 bits a channel of which Pillow reads 8."""
     tiles: list = getattr(image, "tile", [])  # of an opened file
-    tile = tiles[0] if image.format == "PNG" and tiles else None
-    return tile is not None and image.mode in ("RGB", "RGBA", "LA") and ";16" in str(tile[3])
+    if not tiles or image.mode not in ("RGB", "RGBA", "LA"):
+        return False
+    raw = tiles[0][3]  # how the decoder reads: ("RGB;16L", ...), or of a PPM ("RGB", the largest value)
+    return ";16" in str(raw) or image.format == "PPM" and isinstance(raw, tuple) and raw[-1] > 255
 
 
 def scaled(values: np.ndarray, pair, floats: bool) -> tuple[np.ndarray, int]:

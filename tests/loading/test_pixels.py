@@ -221,3 +221,28 @@ def test_clipped_images_are_counted_while_large_ones_are_read(place, workers):
         feed = batches.Feed(made, 0, 1, 0 if streaming else workers, pin=False)
         next(feed)
         assert feed.clipped == 4
+
+
+def colour_tiff(values):
+    """An uncompressed colour TIFF of 16 bits."""
+    height, width, _ = values.shape
+    content, bits = values.astype("<u2").tobytes(), struct.pack("<3H", 16, 16, 16)
+    entries, after = 9, 8 + 2 + 12 * 9 + 4
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, after), (259, 3, 1, 1), (262, 3, 1, 2)]
+    tags += [(273, 4, 1, after + 6), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(content))]
+    made = b"II*\0" + struct.pack("<IH", 8, entries)
+    for tag, kind, count, value in tags:
+        made += struct.pack("<HHI", tag, kind, count) + struct.pack("<I", value)
+    return made + struct.pack("<I", 0) + bits + content
+
+
+@pytest.mark.parametrize("ending", ["ppm", "tiff"])
+def test_colour_of_16_bits_that_pillow_cuts_is_refused(place, ending):
+    """The upper 8 bits of 12-bit values are black."""
+    values = np.full((16, 16, 3), 4095)
+    content = b"P6 16 16 65535\n" + values.astype(">u2").tobytes() if ending == "ppm" else colour_tiff(values)
+    Path("deep").mkdir()
+    for i in range(20):
+        Path(f"deep/{i:02d}.{ending}").write_bytes(content)
+    with pytest.raises(UserError, match=f"a colour {ending.upper()} of 16 bits, of which only the upper 8 can be read"):
+        data.open_source("deep")
