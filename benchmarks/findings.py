@@ -51,7 +51,8 @@ def groups_of(lines: list[dict]) -> dict:
 
 def base_of(settings: dict) -> str:
     """The method to compare with: its own, and MoCo for a sibling."""
-    return settings["method"] if settings["method"] in MORE_PASSES else "moco"
+    own = settings["method"].partition("_")[0]  # a candidate is called after its method, simclr_apart
+    return own if own in MORE_PASSES else "moco"
 
 
 def plain_of(settings: dict, groups: dict, long_enough) -> tuple | None:
@@ -201,7 +202,7 @@ def report(lines: list[dict]) -> str:
         text += ["### Other mixtures and temperatures", means(groups, sort(others), SIM=same_steps, usual=as_usual)]
     siblings = [g for g, s in as_settings.items() if s["method"] not in order]
     if siblings:
-        text += ["### Siblings, against MoCo's SIM", means(groups, sort(siblings), SIM=same_steps, usual=as_usual)]
+        text += ["### Siblings and candidates, against the SIM of their method", means(groups, sort(siblings), SIM=same_steps, usual=as_usual)]
     compared = [line for line in lines if tuple(line["settings"].get(k) for k in SETTINGS) in plain]
     text += ["### Does accuracy follow uniformity? Spearman's rank correlation over the cells of the first table"]
     text += ["Within methods and lengths: the mean of each is taken away first.", ranks(compared)]
