@@ -124,7 +124,7 @@ def test_differences_are_from_sim_at_equal_steps_and_at_equal_passes(cells):
     fewer = [v + 2 + i for i, v in enumerate(KNN[1.0])]
     assert passes[:4] == ["moco", "0.5", "", "20"]
     assert passes[10] == interval(fewer) and passes[14] == interval(fewer, KNN[0.0])
-    (sibling,) = rows["Siblings, against MoCo's SIM"][2:]
+    (sibling,) = rows["Siblings and candidates, against the SIM of their method"][2:]
     assert sibling[:4] == ["imix", "0.5", "mix mixup", "30"]
     theirs = [v - 1 - i for i, v in enumerate(KNN[1.0])]
     assert sibling[10] == interval(theirs) and sibling[14] == interval(theirs, KNN[0.5])
