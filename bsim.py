@@ -69,6 +69,8 @@ def mixup(images: Tensor, weight: Tensor, partner: Tensor) -> Mixture:
     Raises ValueError for other shapes or ranges, and for integers beyond 2^53, which float64 does not hold.
     """
     _check_images(images)
+    if images.dtype in (torch.uint16, torch.uint32, torch.uint64):  # of which torch has few operations
+        raise ValueError(f"images: got {images.dtype}, want floats, uint8, or signed integers")
     wide = not images.is_floating_point() and images.dtype.itemsize > 2  # float32 is exact up to 2^24
     if images.dtype.itemsize == 8 and wide and _readable(images):
         low, high = images.aminmax()

@@ -123,6 +123,12 @@ def _source(parts, split, eval_split, skip_bad_images, seed, way):
     """(Source, lines on pixel values) of {split: rows}, of which the split to evaluate may be None."""
     labelled = "label" in parts[split].column_names
     usable = [k for k, v in parts.items() if k == split or v is not None and labelled and "label" in v.column_names]
+    classes = [getattr(parts[k].features["label"], "names", None) for k in usable if labelled]
+    if len(classes) == 2 and classes[0] != classes[1]:  # numbers that mean other classes cannot be compared
+        raise UserError(
+            f"--eval_split {eval_split}: has other classes than {split} ({_listed(classes[1])}, not "
+            f"{_listed(classes[0])}); name another split, or leave the evaluation out with --label_column none"
+        )
     images, way, side, said = reading.of_rows({name: parts[name] for name in usable}, skip_bad_images, way)
     train, held_out = images[split], images.get(eval_split)
     rows = torch.randperm(len(train), generator=generator(seed, SPLIT))
@@ -138,6 +144,10 @@ def _source(parts, split, eval_split, skip_bad_images, seed, way):
         kept = min(QUERIES, len(rows) // 10)
         queries, rows = (train, rows[:kept]), rows[kept:]
     return Source(train, rows.sort().values, (train, rows[:BANK]), queries, side, None, way=way), said
+
+
+def _listed(names):
+    return ", ".join(names[:4]) + ", ..." * (len(names) > 4) if names else "numbers"
 
 
 def _told(source, opened, dataset, split, said, notes):

@@ -197,7 +197,10 @@ def check(settings: type, arguments: list[str]) -> dict[str, str]:
     while waiting:
         word = waiting.pop(0)
         if not word.startswith("--") or word == "--":
-            raise UserError(f"{word!r}: every setting is a flag with a name, as in --method byol; --help lists them")
+            more = f"; --{[*settled][-1]} takes one value, in quotes where it has spaces or *" if settled else ""
+            raise UserError(
+                f"{word!r}: every setting is a flag with a name, as in --method byol; --help lists them{more}"
+            )
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
         if name not in kinds and name.startswith("no") and bool in kinds.get(name[2:], ()):

@@ -202,7 +202,10 @@ def report(lines: list[dict]) -> str:
         text += ["### Other mixtures and temperatures", means(groups, sort(others), SIM=same_steps, usual=as_usual)]
     siblings = [g for g, s in as_settings.items() if s["method"] not in order]
     if siblings:
-        text += ["### Siblings and candidates, against the SIM of their method", means(groups, sort(siblings), SIM=same_steps, usual=as_usual)]
+        text += [
+            "### Siblings and candidates, against the SIM of their method",
+            means(groups, sort(siblings), SIM=same_steps, usual=as_usual),
+        ]
     compared = [line for line in lines if tuple(line["settings"].get(k) for k in SETTINGS) in plain]
     text += ["### Does accuracy follow uniformity? Spearman's rank correlation over the cells of the first table"]
     text += ["Within methods and lengths: the mean of each is taken away first.", ranks(compared)]

@@ -67,6 +67,9 @@ def open_scenes(task: str, data: str) -> tuple[Scenes, Scenes, str | None]:
 
 def _check(truth, data):
     """Every annotation belongs to an image and to a category, and its box lies in the image."""
+    boxes = [annotation["bbox"] for annotation in truth["annotations"]]
+    if boxes and max(max(box) for box in boxes) <= 1:
+        raise UserError(f"--data {data}: all boxes are in shares of the image, as {boxes[0]}; want pixels")
     images = {image["id"]: image for image in truth["images"]}
     categories = {category["id"] for category in truth["categories"]}
     for annotation in truth["annotations"]:

@@ -16,6 +16,7 @@ from eval.results import check_writable, table, write_result
 from eval.settings import Computing, Evaluation
 from eval.weights import Backbone, load_backbone
 from flags import Given, UserError
+from loading.files import counted
 from training.devices import open_accelerator
 
 DATA = "subset split eval_split image_column label_column skip_bad_images max_pixels".split()
@@ -62,6 +63,9 @@ def protocol(settings: type[Evaluation]) -> Callable[[Callable[[Task, Any], dict
                 f"{len(parts[0].rows)} images to train on, {len(parts[1].rows)} to evaluate on, "
                 f"{len(parts[0].names)} classes"
             )
+            for of, part in (("training", parts[0]), ("evaluation", parts[1])):
+                if part.images.bad and (of == "training" or part.images is not parts[0].images):
+                    task.say(f"left out {counted(len(part.images.bad), 'image')} of the {of} split that cannot be read")
             metrics = function(task, s)
             resolved = {**dataclasses.asdict(s), **images, "workers": workers, "pixel_range": way.pixel_range}
             resolved |= {"backbone": loaded.name, "image_size": loaded.image_size, **task.chosen}
@@ -92,6 +96,7 @@ def images_of(s: Evaluation, config: dict) -> dict[str, Any]:
         if not config:
             raise UserError("--dataset: name the images to evaluate on; a run's own are known, those of a file are not")
         found |= {k: config.get(k) for k in found if found[k] is None}
+        found["skip_bad_images"] = s.skip_bad_images or config.get("skip_bad_images", False)
     elif data.is_moved(s.dataset, config):  # the run's own images, as the run read them
         found |= {k: config.get(k) for k in DATA if found[k] is None}
         own = True

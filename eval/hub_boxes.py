@@ -8,7 +8,12 @@ from loading import sources
 from loading.images import decode
 
 CATEGORY = ("category", "categories", "label", "labels")
-MARKS = ("iscrowd", "is_crowd", "crowd", "difficult", "is_difficult")  # objects that are neither learnt nor counted
+MARKS = ("iscrowd", "crowd", "difficult", "isdifficult")  # of objects that are neither learnt nor counted
+
+
+def is_mark(column: str) -> bool:
+    """Whether a column of this name marks objects, however it is spelt: iscrowd, isCrowd, is_crowd, Difficult."""
+    return column.lower().replace("_", "") in MARKS
 
 
 def read_splits(data: str) -> list[tuple[str, datasets.Dataset, list[dict], list[str]]]:
@@ -51,13 +56,19 @@ def _class_names(rows):
 
 def _table(rows, split, known):
     """The objects of each row, their classes by name."""
-    found = []
+    found, above = [], [key for key in rows.column_names if is_mark(key)]
     for row, objects in enumerate(rows["objects"]):
+        if above and objects and isinstance(objects, dict):  # marks in columns of their own, beside objects
+            objects = {**objects, **{key: rows[key][row] for key in above}}
         things = _things(objects, f"row {row} of {split}")
+        names = []
         for name in things["names"]:
-            if known and not 0 <= name < len(known):
+            if name is None or (isinstance(name, int) and name < 0) or known and not name < len(known):
                 raise UserError(f"row {row} of {split}, has the unknown category {name}")
-        found.append({**things, "names": [known[name] if known else str(name) for name in things["names"]]})
+            names.append((known[name] if known else str(name)).strip())
+        if not all(names):
+            raise UserError(f"row {row} of {split}, has a category without a name")
+        found.append({**things, "names": names})
     return found
 
 
@@ -69,9 +80,13 @@ def _things(objects, where):
         return {"boxes": [], "names": [], "marked": []}
     boxes, names = objects["bbox"], objects[_key(objects)]
     try:
-        marks = [[is_marked(mark) for mark in objects[key]] for key in MARKS if objects.get(key) is not None]
+        named = [key for key in objects if is_mark(key) and objects[key] is not None]
+        marks = [[is_marked(mark) for mark in objects[key]] for key in named]
     except ValueError as error:
         raise ValueError(f"{where}: the mark {error}") from None
+    for box in boxes:
+        if box is None or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+            raise ValueError(f"{where}: a box is {box}, and no x, y, width and height")
     lengths = {len(column) for column in (boxes, names, *marks)}
     if len(lengths) > 1:
         raise ValueError(f"{where}: boxes, classes and marks are {sorted(lengths)} in number")

@@ -30,7 +30,7 @@ from sklearn.svm import LinearSVC
 
 from eval.command import finish, start
 from eval.features import features
-from eval.hub_boxes import MARKS
+from eval.hub_boxes import is_mark
 from eval.results import check_writable
 from eval.voc import is_marked, read_annotation
 from eval.weights import load_backbone
@@ -126,18 +126,20 @@ def _listed(rows, data, name):
         )
     lists = [listed or [] for listed in rows[classes]]
     inner = _inner(rows.features[classes])
-    _refuse_vectors(lists, inner, f"--data {data}: column {classes} of {name}")
-    marks = next((k for k in MARKS if k in rows.column_names), None)
-    found = []
-    for row, (listed, marked) in enumerate(zip(lists, rows[marks] if marks else [None] * len(lists))):
-        where = f"--data {data}: row {row} of {name}"
-        if marked is not None and len(marked) != len(listed):
-            raise UserError(f"{where} has {len(listed)} classes and {len(marked)} marks in {marks}")
+    _refuse_vectors(lists, f"--data {data}: column {classes} of {name}")
+    marks = [k for k in rows.column_names if is_mark(k)]
+    found, columns = [], [rows[k] for k in marks]
+    for row, listed in enumerate(lists):
+        where, difficult = f"--data {data}: row {row} of {name}", [False] * len(listed)
+        for key, column in zip(marks, columns):
+            marked = column[row] if column[row] is not None else [0] * len(listed)
+            if not isinstance(marked, list) or len(marked) != len(listed):
+                raise UserError(f"{where} has {len(listed)} classes, and {key} has no mark for each of them")
+            try:
+                difficult = [one or is_marked(mark) for one, mark in zip(difficult, marked)]
+            except ValueError as error:
+                raise UserError(f"{where}: {key} {error}") from None
         names = [_named(value, inner, where) for value in listed]
-        try:
-            difficult = [is_marked(mark) for mark in marked or [0] * len(listed)]
-        except ValueError as error:
-            raise UserError(f"{where}: {marks} {error}") from None
         found.append(_classes(zip(names, difficult)))
     rows = rows.cast_column(image, datasets.Image(decode=False)).select_columns([image])
     return _image_set(rows if image == "image" else rows.rename_column(image, "image"), found, name)
@@ -154,11 +156,11 @@ def _named(value, inner, where) -> str:
     return name
 
 
-def _refuse_vectors(lists, inner, where):
+def _refuse_vectors(lists, where):
     """Raise UserError for multi-hot vectors: as many numbers for every image, all of them 0 or 1."""
-    lengths, values = {len(listed) for listed in lists}, {value for listed in lists for value in listed}
-    numbers = isinstance(inner, ClassLabel) or "int" in inner.dtype
-    if numbers and len(lists) > 1 and len(lengths) == 1 and min(lengths) > 1 and values <= {0, 1}:
+    lists = [listed for listed in lists if listed]
+    lengths, values = {len(listed) for listed in lists}, {str(value).strip() for listed in lists for value in listed}
+    if len(lists) > 1 and len(lengths) == 1 and min(lengths) > 1 and values <= {"0", "1"}:
         raise UserError(
             f"{where} has {min(lengths)} numbers of 0 and 1 for every image, as multi-hot vectors have; "
             "want a list of the classes that are in the image"

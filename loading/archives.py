@@ -43,7 +43,18 @@ def index(path: str) -> Archive:
                 if entry.offset_data + entry.size > length:
                     problem = f"ends inside {shown(entry.name)}"
                     break
-                if entry.isreg() and not entry.issparse():
+                if entry.islnk() or entry.issym():  # a second name of what is in the archive already
+                    base = os.path.dirname(entry.name) if entry.issym() else ""
+                    target = shown(os.path.normpath(os.path.join(base, entry.linkname)))
+                    if target not in names:
+                        problem = f"has {shown(entry.name)}, a link to {target}, which is not before it"
+                        break
+                    at = names.index(target)
+                    names.append(shown(entry.name))
+                    starts.append(starts[at])
+                    sizes.append(sizes[at])
+                    texts.append(texts[at])
+                elif entry.isreg() and not entry.issparse():
                     text = None
                     if entry.size <= TEXT and ending(entry.name) not in images:
                         file.seek(entry.offset_data)

@@ -13,6 +13,7 @@ from flags import interval
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras, microscopes and scanners have
 OVERSHOOT = 0.25  # beyond 0 to 1, or -1 to 1, that is taken for interpolation's, and clipped
+FAINT = 1 / 16  # floats that stay below it would be almost black of 0 to 1: their own range is taken
 UNKNOWN = {"I": (0, 65535), "F": (0, 1)}  # the range of integers and floats where none was decided
 
 
@@ -36,7 +37,7 @@ def decided(low: float, high: float, floats: bool) -> tuple[tuple[float, float],
     that was measured. Floats: 0 to 1, -1 to 1 or 0 to 255 where the values are such; else the range that was measured.
     """
     if floats:
-        if high <= 1 + OVERSHOOT and low >= -1 - OVERSHOOT and high > 0:
+        if high <= 1 + OVERSHOOT and low >= -1 - OVERSHOOT and high > FAINT:
             return ((0, 1) if low >= -OVERSHOOT else (-1, 1)), "floats"
         if low >= 0 and 128 <= high <= 255:
             return (0, 255), "floats"

@@ -1,5 +1,6 @@
 """How the images of a dataset are read: decided once, for all its splits together, and recorded with the run."""
 
+import os
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -62,10 +63,7 @@ def of_rows(parts: dict, skip_bad: bool, way: Way) -> tuple[dict, Way, int, list
 def of_stream(stream, skip_bad: bool, way: Way) -> tuple[Way, int, list[str]]:
     """The same of a stream, from its first images, which are read as large ones."""
     side = max(_shape(stream.take(SHAPES), "the stream", skip_bad))
-    first = {"the stream": stream.take(SHAPES)}
-    pair, seen = _pixel_range(first, skip_bad, way)
-    if seen.deep and way.pixel_range is None:
-        pair, seen = _pixel_range({"the stream": stream.take(SAMPLE)}, skip_bad, way)
+    pair, seen = _pixel_range({"the stream": stream.take(SAMPLE)}, skip_bad, way)
     made = Way(False, None, pair, way.flag)
     return made, side, _lines(seen, made, [])
 
@@ -152,8 +150,11 @@ def _extremes(record):
     """[(lowest, highest, whether floats)] of an image of more than 8 bits; none of another."""
     named = (record or {}).get("path") or ""
     content = (record or {}).get("bytes")
-    if content[:2] == JPEG if content else named.lower().endswith((".jpg", ".jpeg")):
-        return []  # which has 8 bits, and need not be opened
+    if content is None and os.path.isfile(named):
+        with open(named, "rb") as file:
+            content = file.read(2)  # a name may say .jpg of a file that is none
+    if content and content[:2] == JPEG:
+        return []  # which has 8 bits, and need not be decoded
     with opened(record) as (image, file):
         floats, values = image.mode == "F", pixels.deep(image, file)
         if values is None or not values.size:

@@ -96,6 +96,11 @@ def _folder(spec, path, subset, streaming, skip_bad, remembered):
     if configured is not None:
         if "" not in configured:
             known = {split: [listing.names[i] for i in rows] for split, rows in configured.items()}
+        told = {i for rows in configured.values() for i in rows}
+        ends = {*folders.endings(), *tables.FILES}
+        untold = [n for i, n in enumerate(listing.names) if i not in told and folders.ending(n) in ends]
+        if untold:
+            notes.append(f"{counted(len(untold), 'file')} that README.md does not name left out: {_listed(untold)}")
         listing = listing.of(sorted({i for rows in configured.values() for i in rows}))
         mark = f"{mark}-{subset}"
     ends = folders.endings()

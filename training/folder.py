@@ -224,7 +224,7 @@ def save_checkpoint(folder: Path, step: int, method, optimizer: dict, state: dic
         shutil.rmtree(aside, ignore_errors=True)
         last = last_checkpoint(folder)
         no_other = f"there is no earlier one; make room in {folder}, then --resume {folder}"
-        left = f"{last} is whole; make room, then --resume {folder}" if last else no_other
+        left = f"{last} is whole; make room in {folder}, then --resume {folder}" if last else no_other
         raise RunError(f"the checkpoint of step {step} cannot be written ({error}); {left}") from error
     _flush(path.parent)
     for old in _checkpoints(folder)[:-keep]:

@@ -32,6 +32,7 @@ class Began(NamedTuple):
     fingerprint: str | None
     moved: bool  # whether it is named anew
     way: data.Way  # how it is read
+    given: dict[str, Any]  # the flags that the run was started with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Be
     merged["dataset"] = dataset
     merged["epochs" if "steps" in said or merged["epochs"] is None else "steps"] = None  # the other one follows from it
     moved = dataset != data.absolute(config["dataset"])
-    began = Began(config.get("images"), config.get("fingerprint"), moved, data.way_of(config))
+    began = Began(config.get("images"), config.get("fingerprint"), moved, data.way_of(config), config.get("given", {}))
     return Pretraining(**merged), folder, began
 
 
@@ -162,9 +163,10 @@ def resolve(
         batch_norm=asked.batch_norm or getattr(method_file.Method, "batch_norm", "sync"),
         eval_every=max(1, steps // 10) if asked.eval_every is None else asked.eval_every,
     )
+    typed = {k: v for k, v in given.typed.items() if v != defaults_of(Pretraining)[k]}
     derived = dict(
         heads=own,
-        given={k: v for k, v in given.typed.items() if v != defaults_of(Pretraining)[k]},
+        given=(began.given if began else {}) | typed,
         images=source.images,
         fingerprint=source.fingerprint,
         small_images=source.way.small,
