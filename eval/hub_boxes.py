@@ -6,6 +6,7 @@ from eval.voc import is_marked
 from flags import UserError, reading
 from loading import sources
 from loading.images import decode
+from loading.pixels import ANY
 
 CATEGORY = ("category", "categories", "label", "labels")
 MARKS = ("iscrowd", "crowd", "difficult", "isdifficult")  # of objects that are neither learnt nor counted
@@ -104,6 +105,6 @@ def sizes_of(rows: datasets.Dataset, split: str) -> tuple[list[dict], list[tuple
 def decoded(record: dict, name: str, pixel_range=None):
     """The image, or a UserError that names it."""
     try:
-        return decode(record, pixel_range)
+        return decode(record, pixel_range or ANY)
     except ValueError as error:
         raise UserError(f"{name}: is not an image that can be read ({error})") from None

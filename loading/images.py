@@ -21,6 +21,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from bsim import ViewRecipe, random_crop_box
 from flags import UserError, progress
 from loading import files, pixels
+from loading.pixels import ANY
 
 DECODED_ONCE = 64  # images whose longer side is at most this are decoded once, and cached
 PIXELS = 100_000_000  # an image that claims more is refused before it is decoded; `limit` sets it
@@ -32,10 +33,11 @@ DECODER = 2  # raise when `to_rgb` or the cache's layout changes: cached pixels 
 # One image.
 
 
-def to_rgb(image: Image.Image, pixel_range=None, file=None) -> tuple[Image.Image, int]:
+def to_rgb(image: Image.Image, pixel_range=ANY, file=None) -> tuple[Image.Image, int]:
     """(any PIL image as 8-bit RGB, upright, its transparency laid on white; how many of its values were clipped).
 
-    Of more than 8 bits, `pixel_range` (low, high) becomes 0 to 255; `file` is as in `pixels.deep`.
+    Of more than 8 bits, `pixel_range` (low, high) becomes 0 to 255; None: the dataset was found to have
+    none, and this is a ValueError. `file` is as in `pixels.deep`.
     """
     values, clipped = pixels.deep(image, file), 0
     if values is not None:
@@ -56,12 +58,12 @@ def limit(pixels: int) -> None:
     PIXELS, Image.MAX_IMAGE_PIXELS = pixels, None  # one limit, ours, which says how to raise it
 
 
-def decode(record: dict, pixel_range=None) -> Image.Image:
+def decode(record: dict, pixel_range=ANY) -> Image.Image:
     """A row's {"bytes", "path"} as an RGB image; any way in which that can fail is a ValueError."""
     return decoded(record, pixel_range)[0]
 
 
-def decoded(record: dict, pixel_range=None) -> tuple[Image.Image, int]:
+def decoded(record: dict, pixel_range=ANY) -> tuple[Image.Image, int]:
     """The same, and how many values were clipped."""
     with opened(record) as (image, file):
         return to_rgb(image, pixel_range, file)
@@ -155,7 +157,7 @@ class SmallImages:
     in_workers = False
 
     def __init__(
-        self, rows: Dataset, split: str, shape: tuple[int, int], skip_bad: bool, pixel_range=None, shrink=False
+        self, rows: Dataset, split: str, shape: tuple[int, int], skip_bad: bool, pixel_range=ANY, shrink=False
     ):
         label = {k: v for k, v in rows.features.items() if k == "label"}
         features = Features(pixels=Value("binary"), row=Value("int64"), clipped=Value("int64"), **label)
@@ -266,7 +268,7 @@ class LargeImages:
 
     in_workers = True
 
-    def __init__(self, rows: Dataset, split: str, skip_bad: bool, pixel_range=None):
+    def __init__(self, rows: Dataset, split: str, skip_bad: bool, pixel_range=ANY):
         self.table, self.split, self.skip_bad = rows, split, skip_bad
         self.bad: set[str] = set()
         self.pixel_range = pixel_range
@@ -329,7 +331,7 @@ def class_numbers(labels: list) -> torch.Tensor:
     return torch.tensor([-1 if x is None else int(x) for x in labels], dtype=torch.int64)
 
 
-def crops(record, recipes, generator, pixel_range=None, clipped=None):
+def crops(record, recipes, generator, pixel_range=ANY, clipped=None):
     """A random-resized crop of a row's image for each recipe, uint8 [1, 3, size, size]; a ValueError as `decode`'s.
 
     The number of its values beyond pixel_range, if there are any, is added to the list `clipped`.

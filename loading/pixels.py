@@ -14,6 +14,7 @@ from flags import interval
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras, microscopes and scanners have
 OVERSHOOT = 0.25  # beyond 0 to 1, or -1 to 1, that is taken for interpolation's, and clipped
 FAINT = 1 / 16  # floats that stay below it would be almost black of 0 to 1: their own range is taken
+ANY = "any"  # in the place of a range: none was decided, as for a single image
 UNKNOWN = {"I": (0, 65535), "F": (0, 1)}  # the range of integers and floats where none was decided
 
 
@@ -89,7 +90,9 @@ def _raw_depth(image):
 
 def scaled(values: np.ndarray, pair, floats: bool) -> tuple[np.ndarray, int]:
     """(values as uint8, how many of them were clipped) where `pair` becomes 0 and 255; an alpha is of 16 bits."""
-    low, high = pair or UNKNOWN["F" if floats else "I"]
+    if pair is None:
+        raise ValueError("it has more than 8 bits, those that decided how to read had 8; say --pixel_range LOW,HIGH")
+    low, high = UNKNOWN["F" if floats else "I"] if pair == ANY else pair
     colour = values[..., :3].astype(np.float64) if values.ndim == 3 else values.astype(np.float64)
     clipped = int(((colour < low) | (colour > high)).sum())
     made = ((colour - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)

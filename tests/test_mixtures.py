@@ -205,3 +205,9 @@ def test_integers_beyond_float64_are_refused():
         ValueError, match="images: got torch.int64 from 9007199254740993 .* want integers of up to 2.53"
     ):
         mixup(images, torch.ones(2), torch.tensor([1, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_integers_of_which_torch_has_few_operations_are_refused(dtype):
+    with pytest.raises(ValueError, match="images: got torch.uint.*, want floats, uint8, or signed integers"):
+        mixup(torch.zeros(2, 1, 1, 1, dtype=dtype), torch.ones(2), torch.tensor([1, 0]))

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import ClassLabel
 from safetensors.torch import load_file
 from torch import nn
 
 from flags import RunError, UserError
 from methods import METHODS
 from methods.networks import backbone
+from tests.test_data import table
 from train import pretrain
 from training import folder as run_folder
 from training.optimize import learning_rate
@@ -371,3 +373,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(RunError, match=r"config.json cannot be written \(disk full\); make room in"):
         run_folder.write(path, fails)
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_resumed_run_proposes_what_it_was_started_with(place, capsys):
+    options = {**SHORT, "eval_every": 0}
+    pretrain(method="simclr", **options, out="run")
+    capsys.readouterr()
+    pretrain(resume="run", steps=options["steps"] + 2)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "--method simclr" in said and f"--batch_size {options['batch_size']}" in said and "--resume" not in said
+
+
+def test_splits_of_other_classes_are_not_compared_by_number(place):
+    """k-NN would be 0 % of images that are the same."""
+    rows = table(40, size=(16, 16))
+    (place / "d").mkdir()
+    rows.to_parquet("d/train.parquet")
+    names = rows.features["label"].names
+    swapped = rows.cast_column("label", ClassLabel(names=names[::-1]))
+    swapped.to_parquet("d/test.parquet")
+    with pytest.raises(UserError, match="--eval_split test: has other classes than train"):
+        pretrain(dataset="d", backbone="resnet_tiny", batch_size=8, steps=2)

@@ -159,7 +159,7 @@ def test_boxes_in_shares_of_the_image_are_refused(place):
         for annotation in truth["annotations"]:
             annotation["bbox"] = (np.array(annotation["bbox"]) / 128).tolist()
 
-    with pytest.raises(UserError, match="has a box in shares of the image: .*; want pixels"):
+    with pytest.raises(UserError, match="boxes are in shares of the image, .*; want pixels"):
         open_scenes("coco", changed_coco(place, share))
 
 
@@ -177,3 +177,35 @@ def test_crowds_of_a_dataset_are_neither_learnt_nor_counted(place, mark):
         for scenes in open_scenes("voc", str(place / name))[:2]:
             marks = [[(each["category_id"], each["iscrowd"]) for each in objects] for objects in scenes.objects()]
             assert marks == [[(2, 0), (1, 1)], [(1, 0)]]  # cat is 1, dog 2
+
+
+def hub_boxes(place, **objects):
+    """Train and test of two images, with these objects in both."""
+    made = Dataset.from_dict({"image": [Image.new("RGB", (20, 20))] * 2, "objects": [objects] * 2})
+    made = made.cast_column("image", datasets.Image())
+    (place / "hub").mkdir()
+    for split in ("train", "test"):
+        made.to_parquet(place / "hub" / f"{split}.parquet")
+    return str(place / "hub")
+
+
+def test_names_and_marks_of_a_dataset_in_any_spelling(place):
+    boxes = [[1.0, 1.0, 9.0, 9.0], [3.0, 3.0, 9.0, 9.0], [2.0, 2.0, 4.0, 4.0]]
+    data = hub_boxes(place, bbox=boxes, category=["dog", " dog\n", "cat "], isCrowd=[0, 1, 0])
+    train, _, _ = open_scenes("voc", data)
+    assert [category["name"] for category in train.truth["categories"]] == ["cat", "dog"]
+    assert [(each["category_id"], each["iscrowd"]) for each in train.objects()[0]] == [(2, 0), (2, 1), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    "objects, said",
+    [
+        (dict(bbox=[[1.0, 1.0, 9.0]], category=["dog"]), "a box is .*, and no x, y, width and height"),
+        (dict(bbox=[[1.0, 1.0, 9.0, 9.0]], category=[" "]), "has a category without a name"),
+        (dict(bbox=[[1.0, 1.0, 9.0, 9.0]], category=[-1]), "has the unknown category -1"),
+        (dict(bbox=[[0.5, 0.5, 0.9, 0.9]], category=["dog"]), "all boxes are in shares of the image"),
+    ],
+)
+def test_objects_that_are_none_are_named(place, objects, said):
+    with pytest.raises(UserError, match=said):
+        open_scenes("voc", hub_boxes(place, **objects))

@@ -6,6 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 from flags import UserError
@@ -137,3 +138,21 @@ def test_images_are_read_where_they_lie(place, monkeypatch):
     assert len(source.train) == len(again.train) == 40
     with pytest.raises(UserError, match=r"\(.*0007.png in .*/bad.tar\)"):
         data.open_source(write("bad.tar", [*samples(7), ("0007.png", b"no image"), *samples(40)[16:]]))
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_in_an_archive_are_images_too(place, kind):
+    """GNU tar writes a link for the second name of a file."""
+    content = encoded(Image.new("RGB", (80, 80), "red"))
+    with tarfile.open("a.tar", "w") as tar:
+        for i in range(6):
+            entry = tarfile.TarInfo(f"{i:02d}.png")
+            if i % 2:
+                entry.type, entry.linkname = kind, f"{i - 1:02d}.png"
+                tar.addfile(entry)
+            else:
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    source = data.open_source("a.tar")
+    assert len(source.train) == 6 and "found 6 images" in source.found[0]
+    assert source.train.whole(torch.arange(6), 80)[1].all()

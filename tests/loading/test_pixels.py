@@ -5,9 +5,11 @@ import struct
 import zlib
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
 import data
@@ -17,6 +19,7 @@ from eval.boxes import picture as scene_picture
 from eval.knn import knn
 from flags import UserError
 from loading import batches, images, pixels, reading
+from tests.test_data import encoded
 from train import pretrain
 
 RAMP = np.linspace(0, 1, 24 * 24).reshape(24, 24)
@@ -246,3 +249,17 @@ def test_colour_of_16_bits_that_pillow_cuts_is_refused(place, ending):
         Path(f"deep/{i:02d}.{ending}").write_bytes(content)
     with pytest.raises(UserError, match=f"a colour {ending.upper()} of 16 bits, of which only the upper 8 can be read"):
         data.open_source("deep")
+
+
+def test_a_deep_image_that_nothing_prepared_for_is_named(place):
+    """The first 256 rows of a stream have 8 bits, a later one has 12: no range was decided for it."""
+    deep = Image.fromarray(np.full((16, 16), 4095, np.uint16))
+    rows = [Image.new("RGB", (16, 16))] * 300 + [deep]
+    made = Dataset.from_dict({"image": [{"bytes": encoded(image), "path": None} for image in rows]})
+    made.cast_column("image", datasets.Image()).to_parquet("late.parquet")
+    source = data.open_source("late.parquet", streaming=True)
+    assert source.way.pixel_range is None
+    share = dict(part_size=7, rank=0, world=1, readers=1, seed=0, skip_bad=False)
+    with pytest.raises(UserError, match="it has more than 8 bits, .* say --pixel_range LOW,HIGH"):
+        for _ in batches.Feed(batches.StreamBatches(source, [ViewRecipe(8)] * 2, **share), 0, 100, 0, pin=False):
+            pass
