@@ -52,7 +52,13 @@ def reading(what: str) -> Iterator[None]:
 
 
 def progress(
-    total: int, *, start: int = 0, shown: bool = True, unit: str = "step", named: str | None = None, delay: float = 0
+    total: int | None,
+    *,
+    start: int = 0,
+    shown: bool = True,
+    unit: str = "step",
+    named: str | None = None,
+    delay: float = 0,
 ):
     """A progress bar, shown after `delay` seconds. One that goes to a file gets a line every half minute."""
     from tqdm.auto import tqdm

@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetInfo, Features
 from PIL import Image
 
-from flags import UserError
+from flags import UserError, progress
 from loading.files import as_text, shown
 
 SPLITS = {
@@ -89,7 +89,8 @@ def listed(root: Path, remembered: bool = False) -> Listing:
         except (OSError, pa.ArrowInvalid):  # another machine's disk, or a full one
             pass
     found: list[tuple] = []
-    _scan(top, "", {_place(parent) for parent in (Path(top), *Path(top).parents)}, found)
+    with progress(None, unit=" files", named="listing", delay=5) as bar:
+        _scan(top, "", {_place(parent) for parent in (Path(top), *Path(top).parents)}, found, bar)
     found.sort()
     names = [name for name, *_ in found]
     numbers = np.array([row[1:] for row in found], np.int64).reshape(-1, 3)
@@ -121,7 +122,7 @@ def _place(folder):
     return status.st_dev, status.st_ino
 
 
-def _scan(folder, relative, above, found):
+def _scan(folder, relative, above, found, bar):
     try:
         with os.scandir(folder) as entries:
             entries = list(entries)
@@ -138,13 +139,14 @@ def _scan(folder, relative, above, found):
                         f"--dataset: {shown(entry.path)} is a link to {target}, a folder that it lies in: a loop; "
                         "remove the link"
                     )
-                _scan(entry.path, name + "/", above | {place}, found)
+                _scan(entry.path, name + "/", above | {place}, found, bar)
                 continue
             status = entry.stat()
             size = status.st_size if entry.is_file() else -1
             found.append((name, size, status.st_mtime_ns, status.st_ctime_ns))
         except OSError:  # a link that leads nowhere: an image all the same, that cannot be read
             found.append((name, -1, 0, 0))
+    bar.update(len(entries))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
