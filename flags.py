@@ -113,6 +113,7 @@ SHARE = Range("a share from 0 to 1", lambda v: 0 <= v <= 1)
 SHARE_ABOVE_0 = Range("a share above 0, up to 1", lambda v: 0 < v <= 1)
 ABOVE_0 = Range("a number above 0", lambda v: 0 < v < math.inf)
 NOT_NEGATIVE = Range("0 or more", lambda v: 0 <= v < math.inf)
+PRECISIONS = ("no", "fp16", "bf16")  # of Accelerate
 SEED = Range("from 0 to 4294967295", lambda v: 0 <= v < 2**32)
 
 
@@ -286,6 +287,12 @@ def read(settings: type[S], typed: dict[str, Any]) -> tuple[S, Given]:
         if any(str(error).startswith(f"--{name} ") for name in recipe):
             raise UserError(f"--recipe {typed['recipe']}: {str(error)[2:]}") from None
         raise
+
+
+def said(s: Settings, given: Given) -> dict[str, Any]:
+    """The flags that are not at their default, or were given although they are."""
+    defaults, named = defaults_of(type(s)), given.typed | given.recipe
+    return {k: v for k, v in vars(s).items() if v != defaults[k] or k in named}
 
 
 def command(settings: type[S]) -> Callable[[Callable[[S, Given], Any]], Callable[..., Any]]:

@@ -49,8 +49,8 @@ def protocol(settings: type[Evaluation]) -> Callable[[Callable[[Task, Any], dict
             loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
             check_writable(loaded.folder)
             images = images_of(s, loaded.config)
-            opened = {k: v for k, v in images.items() if k != "dataset"} | {"own": images.pop("own")}
-            opened["way"] = way = data.way_of(loaded.config, opened.pop("own"), s.pixel_range)
+            way = data.way_of(loaded.config, images.pop("own"), s.pixel_range)
+            opened = {k: v for k, v in images.items() if k != "dataset"} | {"way": way}
             opened |= dict(seed=loaded.config.get("seed", s.seed), remembered=not accelerator.is_local_main_process)
             with accelerator.local_main_process_first():  # it lists the folder, and fills the caches, for the others
                 parts = data.open_labelled(images["dataset"], **opened)

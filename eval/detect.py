@@ -23,12 +23,13 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from timm.models.resnet import ResNet
 from torch import nn
 
+import flags
 from eval.boxes import Batches, Scenes, average_precision, open_scenes, picture
 from eval.coco import run_lengths
 from eval.command import finish, start
 from eval.detector import detector
 from eval.weights import Backbone, load_backbone
-from flags import Given, UserError, command, defaults_of, first_line, flags_of, progress
+from flags import Given, UserError, command, first_line, flags_of, progress
 from loading.batches import VIEW, generator, made
 from loading.reading import range_of
 from methods.networks import SMALL_STEM, average_statistics
@@ -192,8 +193,7 @@ def _resumed(folder: Path, asked: Detection, given: Given) -> Detection:
     config = run_folder.config_of(folder)
     if config.get("protocol") != "detect":
         raise UserError(f"--resume {folder}: is no run of eval.detect")
-    had, defaults = config["given"], defaults_of(Detection)
-    said = {k: v for k, v in vars(asked).items() if v != defaults[k] or k in given.typed}
+    had, said = config["given"], flags.said(asked, given)
     for name in said.keys() - {*ON_RESUME}:
         if said[name] != had.get(name):
             raise UserError(

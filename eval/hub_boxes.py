@@ -57,11 +57,9 @@ def _class_names(rows):
 
 def _table(rows, split, known):
     """The objects of each row, their classes by name."""
-    found, above = [], [key for key in rows.column_names if is_mark(key)]
+    found, beside = [], {key: rows[key] for key in rows.column_names if is_mark(key)}  # marks in columns of their own
     for row, objects in enumerate(rows["objects"]):
-        if above and objects and isinstance(objects, dict):  # marks in columns of their own, beside objects
-            objects = {**objects, **{key: rows[key][row] for key in above}}
-        things = _things(objects, f"row {row} of {split}")
+        things = _things(objects, {key: column[row] for key, column in beside.items()}, f"row {row} of {split}")
         names = []
         for name in things["names"]:
             if name is None or (isinstance(name, int) and name < 0) or known and not name < len(known):
@@ -73,12 +71,13 @@ def _table(rows, split, known):
     return found
 
 
-def _things(objects, where):
+def _things(objects, beside, where):
     """{"boxes", "names", "marked"} of a row, from a dict of lists or a list of dicts."""
     if isinstance(objects, list):
         objects = {key: [each[key] for each in objects] for key in objects[0]} if objects else {}
     if not objects:
         return {"boxes": [], "names": [], "marked": []}
+    objects = {**objects, **beside}
     boxes, names = objects["bbox"], objects[_key(objects)]
     try:
         named = [key for key in objects if is_mark(key) and objects[key] is not None]

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from flags import ABOVE_0, INTERVAL, NOT_NEGATIVE, SEED, Range, Settings, UserError, at_least, flag
-
-PRECISIONS = ("no", "fp16", "bf16")
+from flags import ABOVE_0, INTERVAL, NOT_NEGATIVE, PRECISIONS, SEED, Range, Settings, UserError, at_least, flag
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ def index(path: str) -> Archive:
     starts: list[int] = []
     sizes: list[int] = []
     texts: list[bytes | None] = []
+    place: dict[str, int] = {}  # of a name in the lists, for links
     images, problem = endings(), None
     length = os.path.getsize(path)
     try:
@@ -46,10 +47,10 @@ def index(path: str) -> Archive:
                 if entry.islnk() or entry.issym():  # a second name of what is in the archive already
                     base = os.path.dirname(entry.name) if entry.issym() else ""
                     target = shown(os.path.normpath(os.path.join(base, entry.linkname)))
-                    if target not in names:
+                    if target not in place:
                         problem = f"has {shown(entry.name)}, a link to {target}, which is not before it"
                         break
-                    at = names.index(target)
+                    at = place[shown(entry.name)] = place[target]
                     names.append(shown(entry.name))
                     starts.append(starts[at])
                     sizes.append(sizes[at])
@@ -59,6 +60,7 @@ def index(path: str) -> Archive:
                     if entry.size <= TEXT and ending(entry.name) not in images:
                         file.seek(entry.offset_data)
                         text = file.read(entry.size)
+                    place[shown(entry.name)] = len(names)
                     names.append(shown(entry.name))
                     starts.append(entry.offset_data)
                     sizes.append(entry.size)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import data
+import flags
 from bsim import ViewRecipe
 from flags import Given, UserError, defaults_of, first_line, flags_of, interval
 from loading.pixels import text
@@ -87,9 +88,7 @@ def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Be
         raise UserError(f"--out {asked.out}: a run is resumed in its own folder; drop --out, or drop --resume")
     config, defaults = run_folder.config_of(folder), defaults_of(Pretraining)
     config["pixel_range"] = text(config.get("pixel_range"))
-    said = {
-        k: getattr(asked, k) for k in defaults if getattr(asked, k) != defaults[k] or k in given.typed | given.recipe
-    }
+    said = flags.said(asked, given)
     dataset = said.pop("dataset", config["dataset"])  # data that moved is named anew, and compared when it is open
     differ = [k for k, v in said.items() if k not in ON_RESUME and config.get(k) != v]
     if differ:

@@ -10,6 +10,7 @@ from flags import (
     ABOVE_0,
     INTERVAL,
     NOT_NEGATIVE,
+    PRECISIONS,
     SEED,
     SHARE,
     SHARE_ABOVE_0,
@@ -22,7 +23,6 @@ from flags import (
 from methods import METHODS
 
 OPTIMIZERS = ("sgd", "lars", "adamw")
-PRECISIONS = ("no", "fp16", "bf16")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 DRY_RUN = 6  # steps of a dry run, at least: half of them are left out, and one alone says little
 
