@@ -8,6 +8,9 @@ that each has batch statistics of its own (as adversarial examples have in Xie e
 improve image recognition"). `simclr_plain_end`: the last quarter of the run has plain pairs (label mixing is ended
 early in He et al., 2019, "Data augmentation revisited"). `simclr_apart_plain_end`: both. With --sim_weight 0 all of
 them take as many encoder passes as SIM.
+
+`simclr_third`, `moco_third`, `byol_third`: the control of half SIM, half BSIM. With --sim_weight 0.5 a third plain view
+stands in the place of the mixture, with share 1, so that both losses are SIM's.
 """
 
 import sys
@@ -19,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import siblings  # noqa: E402
 import torch  # noqa: E402
 
-from methods import simclr  # noqa: E402
+import train  # noqa: E402
+from bsim import Mixture, make_view  # noqa: E402
+from methods import byol, moco, simclr  # noqa: E402
 from methods.networks import Losses  # noqa: E402
 
 PLAIN_FROM = 0.75  # share of the run after which pairs are plain
@@ -59,6 +64,20 @@ class ApartPlainEnd(Candidate):
     apart, plain_end = True, True
 
 
+class Third:
+    """Another plain view of the images that the step's views were made of, as a mixture of which all is the image."""
+
+    def make_view(self, images, recipe, *, generator):
+        self.images, self.recipe = images, recipe
+        return make_view(images, recipe, generator=generator)
+
+    def sample_mixture(self, views, *, generator, **_):
+        third = [make_view(self.images, self.recipe, generator=generator) for _ in range(views.shape[1] // 3)]
+        partner = torch.arange(len(views), device=views.device).roll(1)
+        return Mixture(torch.cat(third, 1), torch.ones(len(views), device=views.device), partner)
+
+
+THIRD = Third()
 CANDIDATES = {
     name: SimpleNamespace(Method=method, defaults=simclr.defaults, views=simclr.views)
     for name, method in (
@@ -66,7 +85,13 @@ CANDIDATES = {
         ("simclr_plain_end", PlainEnd),
         ("simclr_apart_plain_end", ApartPlainEnd),
     )
+} | {
+    f"{name}_third": SimpleNamespace(
+        Method=file.Method, defaults=file.defaults, views=file.views, sample_mixture=THIRD.sample_mixture
+    )
+    for name, file in (("simclr", simclr), ("moco", moco), ("byol", byol))
 }
 
 if __name__ == "__main__":
+    train.make_view = THIRD.make_view
     siblings.main(CANDIDATES)

@@ -40,7 +40,7 @@ from training.folder import config_of, write  # noqa: E402
 
 WEIGHTS = (1.0, 0.5, 0.0)
 SIBLINGS = ("imix", "unmix", "mixco", "keymix")
-CANDIDATES = ("simclr_apart", "simclr_plain_end", "simclr_apart_plain_end")
+CANDIDATES = ("simclr_apart", "simclr_plain_end", "simclr_apart_plain_end", "simclr_third", "moco_third", "byol_third")
 SIZES = {
     "small": {"split": "train[:5000]", "backbone": "resnet_tiny", "epochs": 30, "mixed_precision": "bf16"},
     "full": {"backbone": "resnet18", "epochs": 200, "mixed_precision": "bf16"},
@@ -87,7 +87,7 @@ def commit() -> str:
         return "unknown"
     found = []
     for words in (["log", "-1", "--format=%h"], ["status", "--porcelain"]):
-        words = ["git", *words, "--", ":(glob)*.py", "methods", "eval"]
+        words = ["git", *words, "--", ":(glob)*.py", "methods", "eval", "training", "loading"]
         found.append(subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip())
     return found[0] + "+" * bool(found[1]) or "unknown"
 
