@@ -14,8 +14,9 @@ from flags import UserError
 from loading import columns, files, reading, sources
 from loading.batches import ORDER, SPLIT, generator
 from loading.columns import features_of
+from loading.decoded import SmallImages
 from loading.full_disk import opening
-from loading.images import PIXELS, LargeImages, SmallImages, limit, mark
+from loading.images import PIXELS, LargeImages, limit, mark
 from loading.reading import OPEN, Way
 
 absolute, way_of = sources.absolute, reading.way_of
@@ -102,24 +103,23 @@ def open_source(
     with opening(dataset):
         opened = sources.opened(dataset, subset, streaming, skip_bad_images, remembered)
         names: dict = dict(image=image_column, label=label_column)
-        train = columns.chosen(_take_split(opened, split, dataset), f"{dataset}, {split}", **names)
-        held_out = None
+        train, whole = _take_split(opened, split, dataset, **names)
+        held_out, wholes = None, {split: whole}
         eval_split = eval_split or _split_to_evaluate(opened.splits, split)
         if eval_split:
-            held_out = _take_split(opened, eval_split, dataset)
-            held_out = columns.chosen(held_out, f"{dataset}, {eval_split}", **names, optional=True)
+            held_out, wholes[eval_split] = _take_split(opened, eval_split, dataset, **names, optional=True)
         if streaming:
             source, notes, said = _stream_source(train, held_out, skip_bad_images, seed, way)
         else:
             parts, notes = columns.numbered({split: train, eval_split: held_out})
-            source, said = _source(parts, split, eval_split, skip_bad_images, seed, way)
+            source, said = _source(parts, wholes, split, eval_split, skip_bad_images, seed, way)
     own = source.queries is not None and source.queries[0] is source.train
     if own and eval_split:
         notes.append(f"split {eval_split} has no labels: k-NN holds out a tenth of {split} in its place")
     return _told(source, opened, dataset, split, said, notes)
 
 
-def _source(parts, split, eval_split, skip_bad_images, seed, way):
+def _source(parts, wholes, split, eval_split, skip_bad_images, seed, way):
     """(Source, lines on pixel values) of {split: rows}, of which the split to evaluate may be None."""
     labelled = "label" in parts[split].column_names
     usable = [k for k, v in parts.items() if k == split or v is not None and labelled and "label" in v.column_names]
@@ -129,7 +129,7 @@ def _source(parts, split, eval_split, skip_bad_images, seed, way):
             f"--eval_split {eval_split}: has other classes than {split} ({_listed(classes[1])}, not "
             f"{_listed(classes[0])}); name another split, or leave the evaluation out with --label_column none"
         )
-    images, way, side, said = reading.of_rows({name: parts[name] for name in usable}, skip_bad_images, way)
+    images, way, side, said = reading.of_rows({name: parts[name] for name in usable}, skip_bad_images, way, wholes)
     train, held_out = images[split], images.get(eval_split)
     rows = torch.randperm(len(train), generator=generator(seed, SPLIT))
     labels = train.labels(rows) if labelled else torch.empty(0)
@@ -215,11 +215,12 @@ def open_labelled(
         found = sources.opened(dataset, subset, False, skip_bad_images, remembered)
         asked = eval_split
         eval_split = eval_split or _split_to_evaluate(found.splits, split)
-        parts = {}
+        parts, wholes = {}, {}
         for wanted in (split, eval_split) if eval_split else (split,):
-            rows = _take_split(found, wanted, dataset)
             optional = wanted != split and not asked
-            rows = columns.chosen(rows, f"{dataset}, {wanted}", image_column, label_column, optional)
+            rows, wholes[wanted] = _take_split(
+                found, wanted, dataset, image=image_column, label=label_column, optional=optional
+            )
             if "label" in rows.column_names:
                 parts[wanted] = rows
             elif not optional:
@@ -231,7 +232,7 @@ def open_labelled(
     if eval_split and eval_split not in parts:
         notes.append(f"split {eval_split} has no labels: a tenth of {split} is held out, and is the evaluation set")
     with opening(dataset):
-        images, _, _, said = reading.of_rows(parts, skip_bad_images, way)
+        images, _, _, said = reading.of_rows(parts, skip_bad_images, way, wholes)
     for wanted, of in images.items():
         if of.bad:
             said.append(f"left out {files.counted(len(of.bad), 'image')} of split {wanted} that cannot be read")
@@ -340,20 +341,21 @@ def is_not_held_out(record: dict) -> bool:
     return not is_held_out(record)
 
 
-def _take_split(opened, wanted, spec):
-    """The split `wanted`: a name, or a name and a range of rows, as in train[:5000]."""
+def _take_split(opened, wanted, spec, **names):
+    """(rows of the split `wanted`, (all rows of that split, the first of these)); `names` are those of the columns.
+
+    wanted: a name, or a name and a range of rows, as in train[:5000].
+    """
     splits, match = opened.splits, re.fullmatch(r"([\w.-]+)(?:\[(\d*):(\d*)\])?", wanted)
     name = match and next((x for x in (match[1], sources.SPLIT_OF.get(match[1])) if x in splits), None)
     if name is None:
         raise UserError(f"split {wanted!r}: {spec} has {', '.join(splits)}; write one, or a part, as in train[:5000]")
-    rows, start, stop = splits[name], int(match[2] or 0), int(match[3]) if match[3] else None
-    if not isinstance(rows, Dataset):
-        if match[2] or match[3]:
-            raise UserError(f"split {wanted!r}: a part of a stream depends on who reads it; want a whole split")
-        return rows
-    total = len(rows)
-    rows = rows.select(range(*slice(start, stop).indices(total))) if match[2] or match[3] else rows
-    if len(rows) == 0:
+    part, total = match[2] or match[3], len(splits[name]) if isinstance(splits[name], Dataset) else None
+    if total is None and part:
+        raise UserError(f"split {wanted!r}: a part of a stream depends on who reads it; want a whole split")
+    taken = range(total or 0)[slice(int(match[2] or 0), int(match[3]) if match[3] else None)]
+    if total is not None and not taken:
         why = f"it has {total:,} in all" if total else "; ".join(opened.notes)
         raise UserError(f"split {wanted!r} of {spec} has no rows{f' ({why})' if why else ''}")
-    return rows
+    whole = columns.chosen(splits[name], f"{spec}, {wanted}", **names)
+    return whole.select(taken) if part else whole, (whole, taken.start)

@@ -1,33 +1,27 @@
-"""Images: one as RGB, many by row: small ones decoded in the `datasets` cache, large ones decoded when asked for."""
+"""Images: one as RGB; many by row, decoded when asked for. Small ones are decoded once: loading/decoded.py."""
 
 import io
-import os
-import shutil
 import zlib
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, Features, Value
-from datasets.fingerprint import Hasher
+from datasets import Dataset
 from PIL import ExifTags, Image, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from bsim import ViewRecipe, random_crop_box
-from flags import UserError, progress
+from flags import UserError
 from loading import files, pixels
 from loading.pixels import ANY
 
-DECODED_ONCE = 64  # images whose longer side is at most this are decoded once, and cached
 PIXELS = 100_000_000  # an image that claims more is refused before it is decoded; `limit` sets it
 ORIENTATION = ExifTags.Base.Orientation
 Image.MAX_IMAGE_PIXELS = None
-DECODER = 2  # raise when `to_rgb` or the cache's layout changes: cached pixels of another version are not used
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One image.
@@ -141,126 +135,6 @@ class Met(NamedTuple):
     bad: list  # names of unreadable images
     rows: list | None  # the rows that were read, in the places of bad ones others; None of a stream
     clipped: list  # of each image with values beyond the pixel range, how many
-
-
-class TooLarge(Exception):
-    """An image of more than DECODED_ONCE pixels among small ones."""
-
-
-class SmallImages:
-    """Images decoded once, all made one shape. With skip_bad the bad ones are left out, and `bad` says which.
-
-    `clipped`: how many values lie beyond pixel_range, and in how many images. An image of more than DECODED_ONCE
-    pixels raises TooLarge, or with `shrink` is made the shape too.
-    """
-
-    in_workers = False
-
-    def __init__(
-        self, rows: Dataset, split: str, shape: tuple[int, int], skip_bad: bool, pixel_range=ANY, shrink=False
-    ):
-        label = {k: v for k, v in rows.features.items() if k == "label"}
-        features = Features(pixels=Value("binary"), row=Value("int64"), clipped=Value("int64"), **label)
-        way = dict(split=split, shape=shape, skip_bad=skip_bad, pixel_range=pixel_range, shrink=shrink)
-        self.shape, kept_in = shape, _cached(rows, way)
-        too_large = kept_in.with_suffix(".large")  # decoding once found one: it need not be tried again
-        if too_large.exists():
-            raise TooLarge
-        options = dict(
-            batched=True,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            features=features,
-            fn_kwargs=way | {"decoder": DECODER},
-        )
-        try:
-            self.table = _kept(rows, kept_in, options).with_format("arrow")
-        except TooLarge:
-            too_large.touch()
-            raise
-        clipped = np.asarray(self.table["clipped"])
-        self.clipped = int(clipped.sum()), int((clipped > 0).sum())
-        whole = len(self.table) == len(rows)
-        left_out = set() if whole else set(range(len(rows))).difference(self.table["row"].to_pylist())
-        self.bad = {row_name(i, split, rows[i]["image"]) for i in left_out}
-
-    def __len__(self):
-        return len(self.table)
-
-    def labels(self, rows):
-        return class_numbers(self.table[rows.tolist()]["label"].to_pylist())
-
-    def whole(self, rows, size):
-        """uint8 [N, 3, H, W], whatever the size, which the view that evaluates gives them; and which are good: all."""
-        pixels = bytearray(b"".join(self.table[rows.tolist()]["pixels"].to_pylist()))
-        images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *self.shape, 3).permute(0, 3, 1, 2)
-        return images, torch.ones(len(images), dtype=torch.bool)
-
-    def pair(self, rows, recipes, generator, among=None):
-        images, _ = self.whole(rows, None)
-        return images, images, Met([], rows.tolist(), [])
-
-
-_bar = None  # of the decoding that is under way
-
-
-def _map_with_bar(rows, function, **options):
-    """rows.map(function, **options) with a bar in images a second; none where its result is cached already."""
-    global _bar
-    shown, quiet = not Path(options["cache_file_name"]).exists(), datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()  # that of `datasets`, which counts examples
-    try:
-        with progress(len(rows), shown=shown, unit=" images", named="decoding") as _bar:
-            return rows.map(function, **options)
-    finally:
-        _bar = None
-        if not quiet:
-            datasets.enable_progress_bars()
-
-
-def _cached(rows, way):
-    """Where decoded images are kept: in the cache of `datasets`, also of rows that lie in the user's own folder."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "bsim"
-    folder.mkdir(parents=True, exist_ok=True)
-    mark = Hasher.hash((rows._fingerprint, rows.split and str(rows.split), sorted(way.items()), DECODER))
-    return folder / f"pixels-{mark}.arrow"
-
-
-def _kept(rows, kept_in, options):
-    """The decoded rows in the file `kept_in`, which is complete or absent: a full disk leaves nothing beside it."""
-    aside = kept_in.with_suffix(f".{os.getpid()}")
-    if not kept_in.exists():
-        aside.mkdir(exist_ok=True)
-        try:
-            _map_with_bar(rows, _decode_batch, cache_file_name=str(aside / "pixels.arrow"), **options)
-            (aside / "pixels.arrow").replace(kept_in)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return rows.map(_decode_batch, cache_file_name=str(kept_in), load_from_cache_file=True, **options)
-
-
-def _decode_batch(batch, indices, split, shape, skip_bad, pixel_range, shrink, decoder):
-    height, width = shape
-    kept = {name: [] for name in ("pixels", "row", "clipped", "label") if name != "label" or name in batch}
-    for i, row in enumerate(indices):
-        try:
-            image, clipped = decoded(batch["image"][i], pixel_range)
-        except ValueError as error:
-            if skip_bad:
-                continue
-            raise bad_row(row, split, error, batch["image"][i]) from None
-        if max(image.size) > DECODED_ONCE and not shrink:
-            raise TooLarge
-        if image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-        kept["pixels"].append(image.tobytes())
-        kept["row"].append(row)
-        kept["clipped"].append(clipped)
-        if "label" in kept:
-            kept["label"].append(batch["label"][i])
-    if _bar is not None:
-        _bar.update(len(indices))
-    return kept
 
 
 class LargeImages:

@@ -10,8 +10,9 @@ from datasets import Dataset, IterableDataset
 
 from flags import UserError, interval
 from loading import pixels
+from loading.decoded import DECODED_ONCE, SmallImages, TooLarge
 from loading.files import counted
-from loading.images import DECODED_ONCE, LargeImages, SmallImages, TooLarge, bad_row, decode, opened
+from loading.images import LargeImages, bad_row, decode, opened
 
 SHAPES, SAMPLE = 16, 256  # images whose shape, and whose pixel values, decide
 JPEG = b"\xff\xd8"
@@ -41,10 +42,11 @@ def way_of(config: dict, own: bool = True, pixel_range=None) -> Way:
     return Way(small, tuple(config["image_shape"]) if small else None, pair, flag)
 
 
-def of_rows(parts: dict, skip_bad: bool, way: Way) -> tuple[dict, Way, int, list[str]]:
+def of_rows(parts: dict, skip_bad: bool, way: Way, wholes: dict) -> tuple[dict, Way, int, list[str]]:
     """({split: images}, the way they are read, the longer side of the first split's, lines on their pixel values).
 
     parts: {split: rows}. If one of them has an image that is too large for the cache of small ones, all do without it.
+    wholes: {split: (all rows of the split that this is a part of, the first row of the part)}.
     """
     shapes = {split: _shape(rows, split, skip_bad) for split, rows in parts.items()}
     shape = next(iter(shapes.values()))
@@ -53,10 +55,10 @@ def of_rows(parts: dict, skip_bad: bool, way: Way) -> tuple[dict, Way, int, list
     small = max(max(shape) for shape in shapes.values()) <= DECODED_ONCE if decides else way.small
     made = Way(small, (way.shape or shape) if small else None, pair, way.flag)
     try:
-        images = {split: _images(rows, split, made, skip_bad, decides) for split, rows in parts.items()}
+        images = {split: _images(rows, split, made, skip_bad, decides, wholes[split]) for split, rows in parts.items()}
     except TooLarge:  # though none of the few that were looked at
         made = made._replace(small=False, shape=None)
-        images = {split: _images(rows, split, made, skip_bad, decides) for split, rows in parts.items()}
+        images = {split: _images(rows, split, made, skip_bad, decides, wholes[split]) for split, rows in parts.items()}
     return images, made, max(shape), _lines(seen, made, images.values())
 
 
@@ -77,15 +79,15 @@ def range_of(parts: dict, config: dict) -> tuple[tuple[float, float] | None, lis
     return pair, _lines(seen, Way(False, None, pair), [])
 
 
-def _images(rows, split, way, skip_bad, decides):
+def _images(rows, split, way, skip_bad, decides, whole):
     if not way.small:
         return LargeImages(rows, split, skip_bad, way.pixel_range)
     try:
-        images = SmallImages(rows, split, way.shape, skip_bad, way.pixel_range)
+        images = SmallImages(rows, split, way.shape, skip_bad, way.pixel_range, False, *whole)
     except TooLarge:
         if decides:
             raise
-        images = SmallImages(rows, split, way.shape, skip_bad, way.pixel_range, shrink=True)
+        images = SmallImages(rows, split, way.shape, skip_bad, way.pixel_range, True, *whole)
     if len(images) == 0:
         raise UserError(f"split {split}: no image in it can be read")
     return images

@@ -13,7 +13,7 @@ from PIL import Image
 import data
 from eval.knn import knn
 from flags import RunError
-from loading import images, reading
+from loading import decoded, reading
 from tests.test_data import encoded, picture, table
 from train import pretrain
 
@@ -123,17 +123,17 @@ def test_a_full_disk_leaves_nothing_half_in_the_cache(place, monkeypatch):
         picture(i).save(place / f"{i}.png")
     (place / "cache").mkdir()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
-    decoded, calls = images.decoded, []
+    whole, calls = decoded.decoded, []
 
     def fills(*given):
         calls.append(1)
         if len(calls) > 30:
             raise OSError(122, "Disk quota exceeded")
-        return decoded(*given)
+        return whole(*given)
 
-    monkeypatch.setattr(images, "decoded", fills)
+    monkeypatch.setattr(decoded, "decoded", fills)
     with pytest.raises(RunError, match="no space left in .*/cache"):
         data.open_source(".")
     assert [path.name[:8] for path in place.glob("cache/bsim/*")] == ["listing-"]
-    monkeypatch.setattr(images, "decoded", decoded)
+    monkeypatch.setattr(decoded, "decoded", whole)
     assert len(data.open_source(".").train) == 40

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 
 import data
 from flags import UserError
-from loading import images
+from loading import decoded, images
 from tests.test_data import encoded, folder, picture, table
 
 LARGE = 40  # images of 70 x 90 pixels: too large for the cache of small ones
@@ -58,6 +58,46 @@ def test_parquet_is_converted_once_and_a_part_costs_nothing(place, cache, rows):
     assert disk(cache) == once and len(part.train) == 30
     parts = data.open_labelled("rows.parquet", split="train[:20]", eval_split="train[20:]")
     assert disk(cache) == once and [len(x.rows) for x in parts] == [20, 20]
+
+
+def test_parts_of_a_split_of_small_images_share_what_was_decoded(place, cache, monkeypatch):
+    monkeypatch.setattr(decoded, "BLOCK", 10)
+    whole, calls = decoded.decoded, []
+    monkeypatch.setattr(decoded, "decoded", lambda *given: calls.append(1) or whole(*given))
+    table(48).to_parquet("rows.parquet")
+    first = data.open_source("rows.parquet", split="train[:25]")  # three blocks of ten
+    assert len(calls) == 30 and len(first.train) == 25
+    every = data.open_source("rows.parquet")
+    assert len(calls) == 48 and len(every.train) == 48
+    last, _ = data.open_labelled("rows.parquet", split="train[17:]", eval_split="train[:17]")
+    assert len(calls) == 48
+    rows = torch.arange(31)
+    assert torch.equal(last.images.whole(rows, None)[0], every.train.whole(rows + 17, None)[0])
+    assert torch.equal(last.images.labels(rows), every.train.labels(rows + 17))
+    assert torch.equal(first.train.whole(rows[:25], None)[0], every.train.whole(rows[:25], None)[0])
+
+
+def test_a_bad_row_outside_a_part_is_not_in_its_way_and_a_passing_fault_is_forgotten(place, cache, monkeypatch):
+    monkeypatch.setattr(decoded, "BLOCK", 30)
+    whole = decoded.decoded
+    table(48).to_parquet("rows.parquet")
+
+    def fails(record, *given):
+        if record["bytes"] == broken:
+            raise ValueError("Input/output error")
+        return whole(record, *given)
+
+    broken = encoded(picture(27))
+    monkeypatch.setattr(decoded, "decoded", fails)
+    assert len(data.open_source("rows.parquet", split="train[:25]").train) == 25
+    with pytest.raises(UserError, match=r"row 2 of train\[25:\] is not an image that can be read"):
+        data.open_source("rows.parquet", split="train[25:]")
+    kept = data.open_source("rows.parquet", split="train[25:]", skip_bad_images=True)
+    assert len(kept.train) == 22 and kept.left_out == ("row 2 of train[25:]: cannot be read",)
+    with pytest.raises(UserError, match="row 27 of train is not"):
+        data.open_source("rows.parquet")
+    monkeypatch.setattr(decoded, "decoded", whole)
+    assert len(data.open_source("rows.parquet").train) == 48
 
 
 @pytest.mark.parametrize("kind", ["folder", "saved", "stream.arrow", "file.arrow"])
