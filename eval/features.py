@@ -11,32 +11,36 @@ from loading.files import counted
 
 
 @torch.no_grad()
-def features(accelerator, network, part, *, image_size, workers=0, delay=0.0):
+def features(accelerator, network, part, *, image_size, workers=0, delay=0.0, say=None):
     """Features and labels (-1: none, or a bad image) of (images, rows) on every process; each computes its share.
 
-    delay: seconds before the progress bar is shown. Raises RunError where a feature is not finite.
+    delay: seconds before the progress bar is shown. say: prints a line on values beyond the pixel range, if there are
+    any. Raises RunError where a feature is not finite.
     """
     images, rows = part
     rank, world = accelerator.process_index, accelerator.num_processes
     padded = rows[torch.arange(-(-len(rows) // world) * world) % len(rows)]
     clean = ViewRecipe(image_size, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
-    found, readable = [], []
+    found, beyond = [], []
     shown = accelerator.is_main_process
     with progress(len(rows), shown=shown, unit=" images", named="features", delay=delay) as bar:
-        for batch, good in batches.whole_images(images, padded[rank::world], image_size, workers=workers):
+        for batch, clipped in batches.whole_images(images, padded[rank::world], image_size, workers=workers):
             view = make_view(batch.to(accelerator.device), clean, generator=torch.Generator())
             with accelerator.autocast():
                 found.append(network(view).float())
-            readable.append(good.to(accelerator.device))
+            beyond.append(clipped.to(accelerator.device))
             bar.update(min(len(batch) * world, len(rows) - bar.n))
 
     def everyones(parts):
         return accelerator.gather(torch.cat(parts)).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[: len(rows)]
 
     labels = images.labels(rows).to(accelerator.device)
-    values, good = everyones(found), everyones(readable)
-    refuse_not_finite(values[good])
-    return values, labels.masked_fill(~good, -1)
+    values, clipped = everyones(found), everyones(beyond)
+    refuse_not_finite(values[clipped >= 0])
+    values_beyond, of = int(clipped.clamp(0).sum()), int((clipped > 0).sum())
+    if say and of:
+        say(f"clipped: {counted(values_beyond, 'value')} beyond the pixel range, in {counted(of, 'image')}")
+    return values, labels.masked_fill(clipped < 0, -1)
 
 
 def refuse_not_finite(values, what="features") -> None:
@@ -52,11 +56,17 @@ def refuse_not_finite(values, what="features") -> None:
 def labelled_features(task, part: data.Labelled, network=None):
     """(features [N, D], classes [N]) of all readable images of `part`, on every process."""
     network = network or task.backbone.network.eval()
+    first = isinstance(network, nn.Module)  # pixels come after the network, of the same images
     found, known = features(
-        task.accelerator, network, part[:2], image_size=task.backbone.image_size, workers=task.workers
+        task.accelerator,
+        network,
+        part[:2],
+        image_size=task.backbone.image_size,
+        workers=task.workers,
+        say=task.say if first else None,
     )
     good = known >= 0
-    if not good.all() and isinstance(network, nn.Module):  # pixels come after the network, of the same images
+    if first and not good.all():
         bad, of = counted(int((~good).sum()), "image"), "training" if part is task.train else "evaluation"
         task.say(f"left out {bad} of the {of} set that cannot be read")
     return found[good], part.labels.to(found.device)[good]

@@ -149,6 +149,7 @@ def measure(task, loaded, networks, rows):
     part, metrics, first = task.test, {}, None
     for name, network in networks.items():
         options = dict(image_size=loaded.image_size, workers=task.workers)
+        options["say"] = task.say if first is None else None  # once: they are the same images
         x, known = features(task.accelerator, network, (part.images, rows), **options)
         good = known >= 0
         x = unit(x[good])

@@ -211,9 +211,8 @@ def truths(train: ImageSet, test: ImageSet, folds: int):
 def unit_features(accelerator, loaded, part: ImageSet, workers: int):
     """Features [N, D] float64 of length 1. Raises UserError with the name of an image that cannot be read."""
     rows = torch.arange(len(part.images))
-    found, good = features(
-        accelerator, loaded.network, (part.images, rows), image_size=loaded.image_size, workers=workers
-    )
+    options = dict(image_size=loaded.image_size, workers=workers, say=accelerator.print)
+    found, good = features(accelerator, loaded.network, (part.images, rows), **options)
     bad = (good < 0).nonzero().flatten().tolist()
     if bad:
         record, reason = part.images.table[bad[0]]["image"], ValueError("this time it could")

@@ -44,14 +44,15 @@ def index(path: str) -> Archive:
                 if entry.offset_data + entry.size > length:
                     problem = f"ends inside {shown(entry.name)}"
                     break
+                name = shown(os.path.normpath(entry.name))  # `tar c .` writes ./0001.jpg
                 if entry.islnk() or entry.issym():  # a second name of what is in the archive already
                     base = os.path.dirname(entry.name) if entry.issym() else ""
                     target = shown(os.path.normpath(os.path.join(base, entry.linkname)))
                     if target not in place:
-                        problem = f"has {shown(entry.name)}, a link to {target}, which is not before it"
+                        problem = f"has {name}, a link to {target}, which is not before it"
                         break
-                    at = place[shown(entry.name)] = place[target]
-                    names.append(shown(entry.name))
+                    at = place[name] = place[target]
+                    names.append(name)
                     starts.append(starts[at])
                     sizes.append(sizes[at])
                     texts.append(texts[at])
@@ -60,8 +61,8 @@ def index(path: str) -> Archive:
                     if entry.size <= TEXT and ending(entry.name) not in images:
                         file.seek(entry.offset_data)
                         text = file.read(entry.size)
-                    place[shown(entry.name)] = len(names)
-                    names.append(shown(entry.name))
+                    place[name] = len(names)
+                    names.append(name)
                     starts.append(entry.offset_data)
                     sizes.append(entry.size)
                     texts.append(text)
@@ -91,7 +92,7 @@ def remembered(path: str) -> Archive:
     status = os.stat(path)
     times = np.array([[status.st_mtime_ns, status.st_ctime_ns]])
     listing = Listing("", [path], np.array([status.st_size]), times)
-    kept = Path(datasets.config.HF_DATASETS_CACHE) / "bsim" / f"tar-{key(listing)}"
+    kept = Path(datasets.config.HF_DATASETS_CACHE) / "bsim" / f"tar-2-{key(listing)}"
     if kept.exists():
         with pa.memory_map(str(kept)) as file:
             names, starts, sizes, texts = (c.to_pylist() for c in pa.ipc.open_file(file).read_all().columns)
@@ -103,8 +104,10 @@ def remembered(path: str) -> Archive:
     return found
 
 
-def rows_of(paths: list[str], skip_bad: bool, mark: str) -> tuple[Dataset, list, list[str]]:
-    """(rows, [(file, why it is left out)], damages) of the samples in tars: members that share a name but its ending.
+def rows_of(paths: list[str], skip_bad: bool, mark: str) -> tuple[Dataset, list, list[str], list[str]]:
+    """(rows, [(file, why it is left out)], damages, notes) of the samples in tars.
+
+    A sample is the members that share a name but its ending.
 
     Columns are named by ending: images, and short files as integers or strings. Raises UserError for a tar that is cut
     or damaged, unless `skip_bad`, and where there is no image.
@@ -144,7 +147,17 @@ def rows_of(paths: list[str], skip_bad: bool, mark: str) -> tuple[Dataset, list,
         if column is not None and field not in columns:
             columns[field], features[field] = column, Value(str(column.type))
     rows = Dataset(pa.table(columns), info=DatasetInfo(features=Features(features)), fingerprint=mark)
-    return rows, left_out, damages
+    labelled = any(not isinstance(feature, datasets.Image) for feature in features.values())
+    return rows, left_out, damages, [] if labelled else _on_folders(archives)
+
+
+def _on_folders(archives):
+    """A note where images without classes lie in folders, which may have been meant for classes."""
+    parts = [name.partition("/") for archive in archives for name in archive.names]
+    tops = sorted({top for top, slash, _ in parts if slash})
+    named = ", ".join(tops[:4]) + ", ..." * (len(tops) > 4)
+    said = f"folders in an archive ({named}) are no classes; a file such as 0001.cls beside 0001.jpg names one"
+    return [said] if len(tops) > 1 else []
 
 
 def _samples(paths, archives):

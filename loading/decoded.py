@@ -77,10 +77,13 @@ class SmallImages:
         return class_numbers(self.table.select_columns("label")[rows.tolist()]["label"])
 
     def whole(self, rows, size):
-        """uint8 [N, 3, H, W], whatever the size, which the view that evaluates gives them; and which are good: all."""
+        """uint8 [N, 3, H, W], whatever the size, which the view that evaluates gives them; and N zeros.
+
+        LargeImages says in their place how many values were clipped; here `clipped` has it, of all rows.
+        """
         pixels = bytearray(b"".join(self.pixels[rows.tolist()]["pixels"].to_pylist()))
         found = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *self.shape, 3).permute(0, 3, 1, 2)
-        return found, torch.ones(len(found), dtype=torch.bool)
+        return found, torch.zeros(len(found), dtype=torch.int64)
 
     def pair(self, rows, recipes, generator, among=None):
         found, _ = self.whole(rows, None)

@@ -154,22 +154,20 @@ class LargeImages:
         return class_numbers(self.table.select_columns("label")[rows.tolist()]["label"])
 
     def _image(self, row):
-        """The image, or the error that says why there is none."""
+        """(the image, how many of its values were clipped); (None, -1) of a bad one."""
         record = self.table[row]["image"]
         try:
-            return decode(record, self.pixel_range)
+            return decoded(record, self.pixel_range)
         except ValueError as error:
-            found = bad_row(row, self.split, error, record)
             if not self.skip_bad:
-                raise found from None
-            return found
+                raise bad_row(row, self.split, error, record) from None
+            return None, -1
 
     def whole(self, rows, size):
-        """uint8 [N, 3, size, size], the central square; and which are good: a bad one is black."""
-        found = [self._image(row) for row in rows.tolist()]
-        good = torch.tensor([not isinstance(image, UserError) for image in found])
+        """uint8 [N, 3, size, size], the central square; and how many values were clipped, -1: a bad image, black."""
+        found, clipped = zip(*(self._image(row) for row in rows.tolist()))
         black = torch.zeros(3, size, size, dtype=torch.uint8)
-        return torch.stack([_pixels(_centre(x, size)) if ok else black for x, ok in zip(found, good)]), good
+        return torch.stack([black if x is None else _pixels(_centre(x, size)) for x in found]), torch.tensor(clipped)
 
     def pair(self, rows, recipes, generator, among=None):
         """Two crops of each image; the place of a bad one is taken by the next good one.

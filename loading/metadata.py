@@ -17,8 +17,12 @@ def applied(root: str, names: list[str], images: list[int]) -> tuple[list[int], 
 
     An image belongs to the metadata of the nearest folder above it; one that has none is kept.
     """
-    files = {os.path.dirname(name): name for name in names if os.path.basename(name) in NAMES}
     tables, notes, known = {}, [], {names[i] for i in images}
+    files: dict[str, str] = {}
+    for name in sorted(name for name in names if os.path.basename(name) in NAMES):
+        first = files.setdefault(os.path.dirname(name), name)
+        if first != name:
+            notes.append(f"{shown(name)} is not read, as {shown(first)} is beside it")
     for folder, file in files.items():
         table = _read(os.path.join(root, file))
         if "file_name" not in table.column_names:

@@ -16,6 +16,7 @@ from loading.images import LargeImages, bad_row, decode, opened
 
 SHAPES, SAMPLE = 16, 256  # images whose shape, and whose pixel values, decide
 JPEG = b"\xff\xd8"
+NONE = "split {}: no image in it can be read; name others with --split and --eval_split"
 
 
 class Way(NamedTuple):
@@ -89,7 +90,7 @@ def _images(rows, split, way, skip_bad, decides, whole):
             raise
         images = SmallImages(rows, split, way.shape, skip_bad, way.pixel_range, True, *whole)
     if len(images) == 0:
-        raise UserError(f"split {split}: no image in it can be read")
+        raise UserError(NONE.format(split))
     return images
 
 
@@ -117,7 +118,7 @@ def _shape(rows, split, skip_bad):
             if not skip_bad:
                 raise bad_row(row, split, error, record) from None
     if not shapes:
-        raise UserError(f"split {split}: no image in it can be read")
+        raise UserError(NONE.format(split))
     return max(height for height, _ in shapes), max(width for _, width in shapes)
 
 
@@ -175,6 +176,12 @@ def _lines(seen, way, images):
     line = f"pixel values {pixels.said(way.pixel_range)} ({source}) become 0 to 255"
     if len(seen.deep) < seen.images:
         line += f"; files of 8 bits, {seen.images - len(seen.deep):,} of {seen.images:,} in the sample, keep theirs"
+    kinds = {floats: max(high for _, high, of in seen.deep if of is floats) for floats in {of for *_, of in seen.deep}}
+    if len(kinds) == 2:
+        line += (
+            f"; integers (to {kinds[False]:.6g}) and floats (to {kinds[True]:.6g}) are read by this one range: where "
+            "they mean different things, save them alike"
+        )
     if any(isinstance(x, SmallImages) for x in images):
         values, of = (sum(part) for part in zip(*(x.clipped for x in images)))
         if values:

@@ -200,7 +200,9 @@ def _of_kind(kind, paths, streaming, skip_bad, mark):
     if kind == "tar":
         found, counts = {}, {}
         for split, files in paths.items():
-            found[split], left_out[split], damages[split] = archives.rows_of(files, skip_bad, f"{mark}-{split}")
+            rows = archives.rows_of(files, skip_bad, f"{mark}-{split}")
+            found[split], left_out[split], damages[split], said = rows
+            notes += said
             counts[split] = len(found[split])
     else:
         found, counts, notes = tables.opened(kind, paths, streaming, mark)

@@ -179,6 +179,14 @@ def test_metadata_that_names_some_images(place):
     assert source.train.labels(torch.arange(20)).tolist() == wanted
 
 
+def test_of_two_metadata_files_in_a_folder_the_second_is_said_not_to_be_read(place):
+    root = tree(place / "d", [f"{i}.png" for i in range(24)])
+    (place / "d" / "metadata.csv").write_text("file_name,label\n" + "\n".join(f"{i}.png,cat" for i in range(24)))
+    (place / "d" / "metadata.jsonl").write_text('{"file_name": "0.png", "label": "dog"}\n')
+    source = data.open_source(root)
+    assert source.images == 24 and "note: metadata.jsonl is not read, as metadata.csv is beside it" in source.found
+
+
 def test_a_foreign_info_file_and_a_broken_readme_are_not_in_the_way(place):
     root = tree(place / "d", pets(20, "cat", "dog"))
     (place / "d" / "dataset_info.json").write_text('{"mine": 1}')
@@ -275,7 +283,8 @@ def test_used_plus_left_out_is_all_there_is(entries):
                 source = data.open_source(where, split=split, skip_bad_images=True)
             except UserError as error:
                 assert "no image in it can be read" in str(error)
-                assert not any(Path(record["path"]).read_bytes().startswith(b"\x89PNG") for record in raw(rows))
+                named = opened.splits[str(error).split()[1][:-1]]  # this split, or the one to evaluate on
+                assert not any(Path(record["path"]).read_bytes().startswith(b"\x89PNG") for record in raw(named))
                 continue
             good = sum(Path(record["path"]).read_bytes().startswith(b"\x89PNG") for record in raw(rows))
             assert len(source.train) == good and len(source.bad) == len(rows) - good

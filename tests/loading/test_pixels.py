@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 
@@ -16,6 +17,7 @@ import data
 from bsim import ViewRecipe
 from eval.boxes import Scenes
 from eval.boxes import picture as scene_picture
+from eval.features import features
 from eval.knn import knn
 from flags import UserError
 from loading import batches, images, pixels, reading
@@ -109,6 +111,23 @@ def test_what_lies_beyond_is_clipped_and_counted(place):
     assert line.startswith("pixel values 0 to 0.5 (--pixel_range) become") and line.endswith("in 12 images")
     white = (np.linspace(0, 1, 24 * 24) / 0.5 * 255).round() >= 255
     assert int((asked.train.whole(torch.tensor([0]), None)[0] == 255).sum()) == 3 * white.sum()
+
+
+def test_an_evaluation_counts_what_is_clipped_of_large_images(place):
+    path = ramps(place, np.float32, [1, 1, 1.02], side=70)
+    train, _ = data.open_labelled(path, way=data.way_of({}, pixel_range="0,1"))
+    said = []
+    part = train.images, torch.arange(12)
+    features(Accelerator(cpu=True), torch.nn.Flatten(), part, image_size=64, say=said.append)
+    each = int((np.linspace(0, 1.02, 70 * 70).astype(np.float32) > 1).sum())
+    assert said == [f"clipped: {4 * each} values beyond the pixel range, in 4 images"]
+
+
+def test_integers_beside_floats_are_said_to_share_a_range(place):
+    path = ramps(place, np.uint16, [4095])
+    Image.fromarray(RAMP.astype(np.float32)).save(f"{path}/a/02.tiff")
+    (line,) = (x for x in data.open_source(path).found if x.startswith("pixel"))
+    assert "integers (to 4095) and floats (to 1) are read by this one range" in line
 
 
 @pytest.mark.parametrize("side", [24, 70])
