@@ -167,7 +167,7 @@ def _tables(spec, listing, rows, known, streaming, skip_bad, mark, notes):
         said = []
     else:
         arranged = folders.arranged(listing.root, mine)
-        if set(arranged.splits) != {"train"} or any("splits" in note for note in arranged.notes):
+        if set(arranged.splits) != {"train"} or any("name of a split" in note for note in arranged.notes):
             splits, said = {split: of for split, (of, _) in arranged.splits.items()}, arranged.notes
         else:
             splits, said = tables.by_name(mine, SPLIT_OF)
