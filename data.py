@@ -20,6 +20,7 @@ from loading.images import PIXELS, LargeImages, limit, mark
 from loading.reading import OPEN, Way
 
 absolute, way_of = sources.absolute, reading.way_of
+CHANNEL_SAMPLE = 2_000  # images of which --mean data takes mean and standard deviation, about
 BANK, QUERIES = 50_000, 10_000  # images of a k-NN evaluation, at most; a tenth of that from a stream
 DIGITS = dict(min_crop=0.6, flip=0.0)  # views of the digits: half a digit, or a mirrored one, is another or none
 
@@ -330,6 +331,28 @@ def _stream_source(train, held_out, skip_bad, seed, way):
     if note:
         return Source(whole, None, None, None, side, note, way=way), notes, said
     return Source(train, None, bank, queries, side, None, way=way), notes, said
+
+
+def channels_of(source: Source) -> tuple[dict[str, tuple[float, ...]], int]:
+    """({"mean": (R, G, B), "std": (R, G, B)} from 0 to 1, of how many images) of the training set, spread over it.
+
+    Raises UserError for a stream, which would have to be read twice.
+    """
+    if source.rows is None:
+        raise UserError("--mean data: a stream is not measured; give three numbers, as in --mean 0.5,0.5,0.5")
+    rows = source.rows[:: max(1, len(source.rows) // CHANNEL_SAMPLE)]
+    total, squares, pixels, count = torch.zeros(3).double(), torch.zeros(3).double(), 0, 0
+    for part in rows.split(256):
+        images, clipped = source.train.whole(part, min(256, max(source.side, 16)))
+        values = images[clipped >= 0].double() / 255
+        total, squares = total + values.sum((0, 2, 3)), squares + values.square().sum((0, 2, 3))
+        pixels, count = pixels + values[:, 0].numel(), count + len(values)
+    mean = total / pixels
+    std = (squares / pixels - mean.square()).clamp(0).sqrt()
+    if not (std > 0).all():
+        raise UserError("--std data: a channel of the training set has one value everywhere; give three numbers")
+    rounded = {"mean": mean, "std": std}
+    return {name: tuple(round(x, 6) for x in values.tolist()) for name, values in rounded.items()}, count
 
 
 def is_held_out(record: dict) -> bool:

@@ -108,6 +108,20 @@ def interval(given: Any) -> tuple[float, float] | None:
     return tuple(int(value) if value.is_integer() else value for value in (low, high))  # type: ignore[return-value]
 
 
+def channels(given: Any) -> tuple[float, ...] | None:
+    """(R, G, B) of "R,G,B" or of three numbers from 0 to 1; None for anything else."""
+    try:
+        found = tuple(float(word) for word in (given.split(",") if isinstance(given, str) else given))
+    except (TypeError, ValueError):
+        return None
+    return found if len(found) == 3 and all(0 <= value <= 1 for value in found) else None
+
+
+CHANNELS = Range(
+    "imagenet, data, or three numbers from 0 to 1, as in 0.5,0.5,0.5",
+    lambda v: v in ("imagenet", "data") or channels(v) is not None,
+)
+CHANNELS_ABOVE_0 = Range(CHANNELS.wanted, lambda v: CHANNELS.holds(v) and 0 not in (channels(v) or ()))
 INTERVAL = Range("two numbers, the lower one first, as in 0,4095", lambda v: interval(v) is not None)
 SHARE = Range("a share from 0 to 1", lambda v: 0 <= v <= 1)
 SHARE_ABOVE_0 = Range("a share above 0, up to 1", lambda v: 0 < v <= 1)

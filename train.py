@@ -110,7 +110,7 @@ def build(
     """The method's network around the backbone, and its optimizer, with the weights that the seed gives."""
     method_file = METHODS[asked.method]
     set_seed(asked.seed)
-    s, network = resolve(
+    s, network, lines = resolve(
         asked,
         given,
         source,
@@ -120,6 +120,8 @@ def build(
         mixed_precision=str(accelerator.mixed_precision),
         began=began,
     )
+    for line in lines:
+        accelerator.print(line)
     method = method_file.Method(network, **s.heads)
     draw_mixture = getattr(method_file, "sample_mixture", sample_mixture)
     views = view_recipes(s, method_file)
@@ -159,14 +161,17 @@ def distribute(t: Training) -> None:
 
 
 def evaluate(t: Training, features: Any) -> float:
-    return knn_accuracy(t.accelerator, t.source, features, image_size=t.s.image_size, workers=t.s.workers, delay=5)
+    options = dict(image_size=t.s.image_size, normal=(t.views[0].mean, t.views[0].std), workers=t.s.workers, delay=5)
+    return knn_accuracy(t.accelerator, t.source, features, **options)
 
 
 def before_training(t: Training) -> None:
     """k-NN of pixels and of the random network, before anything is written, since it meets unreadable images."""
-    t.baselines = {"knn_pixels": evaluate(t, pixels), "knn_random": evaluate(t, t.method.backbone)}
-    said = "k-NN before training: raw pixels {knn_pixels:.1f} %, random network {knn_random:.1f} %"
-    t.accelerator.print(said.format(**t.baselines))
+    first, named = ("knn_initial", "initial weights") if t.s.init else ("knn_random", "random network")
+    t.baselines = {"knn_pixels": evaluate(t, pixels), first: evaluate(t, t.method.backbone)}
+    t.accelerator.print(
+        f"k-NN before training: raw pixels {t.baselines['knn_pixels']:.1f} %, {named} {t.baselines[first]:.1f} %"
+    )
 
 
 def open_folder(t: Training, folder: Path | None, peers: Peers) -> None:

@@ -24,7 +24,7 @@ from eval.command import DATA, Task  # noqa: E402
 from eval.features import labelled_features, topk_accuracy  # noqa: E402
 from eval.knn import knn_log_votes, neighbours  # noqa: E402
 from eval.linear import from_features  # noqa: E402
-from eval.weights import load_backbone  # noqa: E402
+from training.weights import load_backbone  # noqa: E402
 
 
 def renew_statistics(task: Task) -> None:

@@ -34,9 +34,9 @@ from eval.command import Task  # noqa: E402
 from eval.compare import compare, results_of  # noqa: E402
 from eval.linear import from_features  # noqa: E402
 from eval.results import read_results, write_result  # noqa: E402
-from eval.weights import Backbone  # noqa: E402
 from methods import METHODS  # noqa: E402
 from training.folder import config_of, write  # noqa: E402
+from training.weights import Backbone  # noqa: E402
 
 WEIGHTS = (1.0, 0.5, 0.0)
 SIBLINGS = ("imix", "unmix", "mixco", "keymix")

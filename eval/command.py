@@ -13,11 +13,11 @@ from accelerate.utils import set_seed
 import data
 import flags
 from eval.results import check_writable, table, write_result
-from eval.settings import Computing, Evaluation
-from eval.weights import Backbone, load_backbone
+from eval.settings import Computing, Evaluation, Weights
 from flags import Given, UserError
 from loading.files import counted
 from training.devices import open_accelerator
+from training.weights import Backbone, load_backbone
 
 DATA = "subset split eval_split image_column label_column skip_bad_images max_pixels".split()
 
@@ -46,7 +46,7 @@ def protocol(settings: type[Evaluation]) -> Callable[[Callable[[Task, Any], dict
 
         def run(s: Evaluation, given: Given) -> dict:
             accelerator, workers = start(s)
-            loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
+            loaded = backbone_of(s, accelerator.print)
             check_writable(loaded.folder)
             images = images_of(s, loaded.config)
             way = data.way_of(loaded.config, images.pop("own"), s.pixel_range)
@@ -83,6 +83,14 @@ def start(s: Computing) -> tuple[Accelerator, int]:
     accelerator = open_accelerator(s.mixed_precision)
     set_seed(s.seed)
     return accelerator, min(8, os.cpu_count() or 1) if s.workers is None else s.workers
+
+
+def backbone_of(s: Weights, say: Callable[[str], None]) -> Backbone:
+    """What --run and --weights name; a line says what was taken from a file, or downloaded."""
+    loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size, weights=s.weights)
+    if loaded.found and not Path(s.run).expanduser().is_dir():
+        say(loaded.found)
+    return loaded
 
 
 def images_of(s: Evaluation, config: dict) -> dict[str, Any]:

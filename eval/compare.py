@@ -56,7 +56,7 @@ def results_of(folder: Path) -> dict:
                 f"--runs {folder}: {line['protocol']} {wrong[0]} is {numbers[wrong[0]]} in its results.jsonl; delete "
                 "the line and evaluate again"
             )
-        if not weights_of(settings.get("run")):  # else a checkpoint on the way, or another file
+        if not weights_of(settings.get("run"), settings.get("weights")):  # else a checkpoint, or another file
             found[label(line)] = {k: v for k, v in settings.items() if k not in (*BESIDES, *CHOSEN)}, numbers
     return found
 

@@ -26,17 +26,18 @@ from torch import nn
 import flags
 from eval.boxes import Batches, Scenes, average_precision, open_scenes, picture
 from eval.coco import run_lengths
-from eval.command import finish, start
+from eval.command import backbone_of, finish, start
 from eval.detector import detector
-from eval.weights import Backbone, load_backbone
+from eval.features import IMAGENET
 from flags import Given, UserError, command, first_line, flags_of, progress
 from loading.batches import VIEW, generator, made
 from loading.reading import range_of
-from methods.networks import SMALL_STEM, average_statistics
+from methods.networks import average_statistics
 from methods.networks import backbone as build_backbone
 from training import folder as run_folder
 from training import guards
 from training.peers import Peers, agreement
+from training.weights import Backbone
 
 ON_RESUME = [field.name for field in flags_of(Detection) if field.metadata["on_resume"]]
 KEEP = 2  # checkpoints
@@ -84,7 +85,7 @@ def detect(asked: Detection, given: Given) -> dict:
     peers = Peers()
     if s.batch_size % world:
         raise UserError(f"--batch_size {s.batch_size}: want a multiple of the {world} processes")
-    loaded = loaded or load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
+    loaded = loaded or backbone_of(s, say)
     torch.manual_seed(s.seed)  # random weights do not depend on whether a backbone was loaded before
     network = _initialised(loaded, s)
     train, test, note = open_scenes(s.task, s.data)
@@ -96,7 +97,8 @@ def detect(asked: Detection, given: Given) -> dict:
     masks = s.task == "coco"
     batches = Batches(train, classes, masks, batch_size=s.batch_size, rank=rank, world=world, seed=s.seed)
 
-    model = detector(network, len(classes), masks, s.sides, s.max_size)
+    normal = (loaded.mean, loaded.std) if s.init == "run" else IMAGENET
+    model = detector(network, len(classes), masks, s.sides, s.max_size, *normal)
     if world > 1 and accelerator.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     bare = model.to(accelerator.device)
@@ -165,7 +167,7 @@ def _settings(asked: Detection, given: Given) -> tuple[DetectionRun, Path, bool,
     else:
         name = f"detect-{asked.task}" + f"-{asked.init}" * (asked.init != "run")
         if not asked.out:
-            loaded = load_backbone(asked.run, architecture=asked.backbone, image_size=asked.image_size)
+            loaded = backbone_of(asked, print)
         folder = loaded.folder / name if loaded else Path(str(asked.out)).expanduser()
     if (folder / "result.json").exists():
         raise UserError(f"{folder}: holds a finished run; write to another folder: --out FOLDER")
@@ -210,10 +212,8 @@ def _initialised(loaded, s):
     if s.init == "random":
         return build_backbone(loaded.name, loaded.image_size)
     if s.init == "imagenet":
-        if loaded.image_size <= SMALL_STEM:
-            raise UserError(
-                f"--init imagenet: this {loaded.name} has the stem for up to {SMALL_STEM} pixels; its weights have not"
-            )
+        if isinstance(loaded.network.maxpool, nn.Identity):
+            raise UserError(f"--init imagenet: this {loaded.name} has the stem for small images; its weights have not")
         try:
             return timm.create_model(loaded.name, pretrained=True, num_classes=0)
         except Exception as error:  # the Hub's client raises what its transport raises
@@ -221,7 +221,7 @@ def _initialised(loaded, s):
                 f"--init imagenet: timm's weights of {loaded.name} cannot be had ({first_line(error)}); "
                 "they are fetched from the Hub, once"
             ) from error
-    if not Path(s.run).expanduser().exists():
+    if loaded.random:
         raise UserError(f"--run {s.run}: a timm name brings no weights; say --init random or --init imagenet")
     return loaded.network
 

@@ -13,6 +13,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from eval.features import IMAGENET
+
 
 class Pyramid(nn.Module):
     """A timm ResNet's four stages, its own modules, and the feature pyramid above them, with batch norm (MoCo, 4.2).
@@ -35,18 +37,28 @@ class Pyramid(nn.Module):
         return self.pyramid(maps)
 
 
-def detector(network: ResNet, classes: int, masks: bool, sides: list[int], max_size: int) -> nn.Module:
+def detector(
+    network: ResNet,
+    classes: int,
+    masks: bool,
+    sides: list[int],
+    max_size: int,
+    mean=IMAGENET[0],
+    std=IMAGENET[1],
+) -> nn.Module:
     """Faster R-CNN, or with `masks` Mask R-CNN, of `classes` classes (He et al., 2017, section 3.1, FPN).
 
     sides: shorter sides of training images, the last that of test images. Images are float in 0..1; torchvision
-    normalises them as the backbone's training did. The box head has two linear layers and no batch norm, as there is
-    no place for one; the mask head's convolutions have it. Nothing is frozen.
+    normalises them by `mean` and `std`, as the backbone's training did. The box head has two linear layers and no batch
+    norm, as there is no place for one; the mask head's convolutions have it. Nothing is frozen.
     """
     body = Pyramid(network)
     width, scale = body.out_channels, sides[-1] / 800
     options = dict(
         min_size=tuple(sides),
         max_size=max_size,
+        image_mean=list(mean),
+        image_std=list(std),
         # 32 to 512 pixels at a side of 800 (Lin et al., 2017, section 4.1), and of the same share of smaller images.
         rpn_anchor_generator=AnchorGenerator(
             tuple((round(scale * 32 * 2**level),) for level in range(5)), ((0.5, 1.0, 2.0),) * 5

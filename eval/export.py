@@ -23,12 +23,12 @@ from safetensors.torch import save
 from timm.models.resnet import ResNet
 from torch import nn
 
-from bsim import ViewRecipe
+from eval.command import backbone_of
 from eval.results import read_results, table, weights_of
-from eval.weights import Backbone, load_backbone
 from flags import Given, UserError, command, reading
 from methods.networks import SMALL_STEM
 from training import folder as run_folder
+from training.weights import Backbone
 
 POSSIBLE = {
     "torchvision": "ResNets, ResNeXts, wide ResNets and DenseNets, such as resnet50 or densenet121",
@@ -45,7 +45,7 @@ CARD = (
 
 def is_small(loaded: Backbone) -> bool:
     """Whether it has the stem that is for small images, which no library's constructor makes."""
-    return loaded.image_size <= SMALL_STEM and isinstance(loaded.network, ResNet)
+    return isinstance(loaded.network, ResNet) and isinstance(loaded.network.maxpool, nn.Identity)
 
 
 def refuse_tiny(loaded, library):
@@ -60,7 +60,7 @@ def refuse_small(loaded, library):
     refuse_tiny(loaded, library)
     if is_small(loaded):
         raise UserError(
-            f"--run: at {loaded.image_size} pixels its {loaded.name} begins with a 3x3 convolution and no max-pool, "
+            f"--run: its {loaded.name}, made for small images, begins with a 3x3 convolution and no max-pool, "
             f"{library}'s with 7x7. Write it with --format timm, which says how to load it, or train with --image_size "
             f"{SMALL_STEM + 1} or more"
         )
@@ -154,8 +154,8 @@ def for_detectron2(loaded: Backbone, target: Path):
     content = content.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1)
     settings = {
         "WEIGHTS": target.absolute(),
-        "PIXEL_MEAN": '"[123.675, 116.280, 103.530]"',
-        "PIXEL_STD": '"[58.395, 57.120, 57.375]"',
+        "PIXEL_MEAN": _bytes(loaded.mean),
+        "PIXEL_STD": _bytes(loaded.std),
         "RESNETS.DEPTH": re.findall(r"\d+", loaded.name)[0],
         "RESNETS.NUM_GROUPS": network.groups,
         "RESNETS.WIDTH_PER_GROUP": network.base_width,
@@ -165,13 +165,17 @@ def for_detectron2(loaded: Backbone, target: Path):
     return content, "its settings: INPUT.FORMAT RGB " + " ".join(f"MODEL.{k} {v}" for k, v in settings.items())
 
 
+def _bytes(shares):
+    return f'"[{", ".join(f"{255 * share:.3f}" for share in shares)}]"'
+
+
 def for_hub(loaded: Backbone, target: Path):
     """A folder of timm's for the Hub: model.safetensors, config.json, and README.md, the model card."""
     refuse_small(loaded, "timm")
     arguments = timm_arguments(loaded.name, loaded.image_size)
-    view, theirs = ViewRecipe(loaded.image_size), loaded.network.pretrained_cfg
+    theirs = loaded.network.pretrained_cfg
     size = [3, loaded.image_size, loaded.image_size]
-    images = dict(mean=view.mean, std=view.std, input_size=size, interpolation="bilinear", crop_pct=7 / 8)
+    images = dict(mean=loaded.mean, std=loaded.std, input_size=size, interpolation="bilinear", crop_pct=7 / 8)
     images |= {k: theirs[k] for k in ("fixed_input_size", "first_conv", "classifier") if theirs.get(k) is not None}
     config = {
         "architecture": loaded.name,
@@ -202,13 +206,17 @@ def card(loaded: Backbone) -> str:
         results = [
             [line["protocol"], line["dataset"], _measured(line["metrics"]), line["seed"]]
             for line in (read_results(loaded.folder) if config else [])
-            if weights_of(line["settings"].get("run")) == weights_of(loaded.checkpoint or loaded.file)
+            if weights_of(*map(line["settings"].get, ("run", "weights"))) == weights_of(loaded.given, loaded.weights)
         ]
     mixed = bool(method) and config.get("sim_weight") != 1
     paper = ", which mixes images ([arXiv 2011.13356](https://arxiv.org/abs/2011.13356))" * mixed
     tags = ["timm", "image-feature-extraction", "self-supervised", *[method] * bool(method), *["bsim"] * mixed]
     front = "\n".join(["---", "library_name: timm", "tags:", *(f"- {tag}" for tag in tags), "---"])
-    how = "with random weights" if loaded.file is None else f"with the weights of {loaded.file.name}"
+    how = (
+        "with random weights"
+        if loaded.random
+        else f"with the weights of {loaded.file.name if loaded.file else loaded.found.partition(':')[0]}"
+    )
     if method:
         how = f"trained without labels by {method.upper()}{'-BSIM' * mixed}{paper}"
     if loaded.checkpoint is not None:
@@ -259,10 +267,11 @@ FORMATS = {  # who makes it, and its default name in RUN/export
 def export(s: Export, given: Given) -> Path:
     make, name = FORMATS[s.format]
     ending = Path(name).suffix
+    name = name.removesuffix(ending) + "-momentum" * (s.weights == "momentum") + ending
     if s.out is not None and ending and Path(s.out).suffix != ending:
         raise UserError(f"--out {s.out}: want a name that ends in {ending}, as in {Path(s.out).with_suffix(ending)}")
     torch.manual_seed(0)  # for a timm name
-    loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
+    loaded = backbone_of(s, print)
     target = Path(s.out).expanduser() if s.out is not None else loaded.folder / "export" / name
     if target.exists():
         another = target.with_name(f"{target.stem}-2{ending}")

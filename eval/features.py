@@ -9,18 +9,27 @@ from flags import RunError, progress
 from loading import batches
 from loading.files import counted
 
+IMAGENET = ViewRecipe().mean, ViewRecipe().std
+
+
+def clean_view(image_size, mean, std) -> ViewRecipe:
+    """The view that evaluates: the whole image, without augmentation."""
+    view = ViewRecipe(image_size, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
+    return view._replace(mean=mean, std=std)
+
 
 @torch.no_grad()
-def features(accelerator, network, part, *, image_size, workers=0, delay=0.0, say=None):
+def features(accelerator, network, part, *, image_size, normal=IMAGENET, workers=0, delay=0.0, say=None):
     """Features and labels (-1: none, or a bad image) of (images, rows) on every process; each computes its share.
 
-    delay: seconds before the progress bar is shown. say: prints a line on values beyond the pixel range, if there are
-    any. Raises RunError where a feature is not finite.
+    normal: mean and standard deviation of the images that the network is used to. delay: seconds before the progress
+    bar is shown. say: prints a line on values beyond the pixel range, if there are any. Raises RunError where a feature
+    is not finite.
     """
     images, rows = part
     rank, world = accelerator.process_index, accelerator.num_processes
     padded = rows[torch.arange(-(-len(rows) // world) * world) % len(rows)]
-    clean = ViewRecipe(image_size, scale=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
+    clean = clean_view(image_size, *normal)
     found, beyond = [], []
     shown = accelerator.is_main_process
     with progress(len(rows), shown=shown, unit=" images", named="features", delay=delay) as bar:
@@ -62,6 +71,7 @@ def labelled_features(task, part: data.Labelled, network=None):
         network,
         part[:2],
         image_size=task.backbone.image_size,
+        normal=(task.backbone.mean, task.backbone.std),
         workers=task.workers,
         say=task.say if first else None,
     )

@@ -23,7 +23,7 @@ from bsim import alignment, make_view, uniformity
 from data import Source
 from eval.command import Task, protocol
 from eval.features import features, refuse_not_finite
-from eval.weights import Backbone, has_weights_of, load_backbone, load_method
+from eval.weights import has_weights_of, load_method
 from flags import UserError, progress
 from loading.batches import SPLIT, VIEW, Batches, Feed, generator, whole_images
 from loading.images import after_crop
@@ -31,6 +31,7 @@ from methods import METHODS
 from training import folder as run_folder
 from training.folder import write
 from training.pictures import colour_of
+from training.weights import Backbone, load_backbone
 
 QUERIES, NEAREST = 10, 5  # rows and columns of the neighbours in the picture
 
@@ -100,6 +101,7 @@ def recipes_of(loaded: Backbone):
     """The two recipes of the run's method; of a network that nobody pretrained, SimCLR's."""
     config = loaded.config
     recipes = METHODS[config.get("method", "simclr")].views(loaded.image_size)
+    recipes = tuple(recipe._replace(mean=loaded.mean, std=loaded.std) for recipe in recipes)
     if not config:
         return recipes
     return tuple(recipe._replace(scale=(config["min_crop"], 1.0), flip=config["flip"]) for recipe in recipes)
@@ -148,7 +150,7 @@ def measure(task, loaded, networks, rows):
     """(metrics, unit features of the backbone, which of the images could be read), of each of `networks`."""
     part, metrics, first = task.test, {}, None
     for name, network in networks.items():
-        options = dict(image_size=loaded.image_size, workers=task.workers)
+        options = dict(image_size=loaded.image_size, normal=(loaded.mean, loaded.std), workers=task.workers)
         options["say"] = task.say if first is None else None  # once: they are the same images
         x, known = features(task.accelerator, network, (part.images, rows), **options)
         good = known >= 0

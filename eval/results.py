@@ -63,12 +63,14 @@ def read_results(folder: Path) -> list[dict]:
     return found
 
 
-def weights_of(run) -> str:
+def weights_of(run, weights: str | None = "online") -> str:
     """Which weights in a run's folder `run`, as --run was given, names: step_000012, another file's name, or "".
 
-    "" stands for the run's final weights.
+    "" stands for the run's final weights. `weights`: what --weights was.
     """
     path = Path(str(run or ""))
+    if weights == "momentum":
+        return f"{weights_of(run)} momentum"
     if re.fullmatch(r"step_\d+", path.name) and path.parent.name in ("checkpoints", ""):
         return path.name
     return path.name if path.suffix == ".safetensors" and path.name != "backbone.safetensors" else ""

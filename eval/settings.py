@@ -9,11 +9,15 @@ from flags import ABOVE_0, INTERVAL, NOT_NEGATIVE, PRECISIONS, SEED, Range, Sett
 class Weights(Settings):
     run: str = flag(
         "",
-        "a run's folder, a checkpoint's folder, a backbone.safetensors, or a timm name for random weights",
+        "a run's folder, a checkpoint's folder, a file of weights, a timm name with its tag, hf-hub:OWNER/NAME, or a "
+        "timm name without a tag for random weights",
         heading="The backbone",
     )
     backbone: str | None = flag(None, "the architecture, for a file without its config.json")
     image_size: int | None = flag(None, "default: the run's", range=at_least(8))
+    weights: str = flag(
+        "online", "of a run: online, or momentum, the slow copy of moco and byol", choices=("online", "momentum")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:
     labels = torch.zeros(int(train.rows.max()) + 1, dtype=torch.int64)
     labels[train.rows] = train.labels
     recipe = ViewRecipe(size, scale=(0.08, 1) if size > 64 else (0.2, 1), jitter=0, grayscale=0, blur=0)
+    recipe = recipe._replace(mean=task.backbone.mean, std=task.backbone.std)
     share = dict(part_size=batch_size // world, rank=rank, world=world, seed=seed)
     source = Source(train.images, rows, None, None, size, None)
     batches = Batches(source, (recipe, recipe), batch_size=batch_size, **share)

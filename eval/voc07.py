@@ -28,12 +28,11 @@ from sklearn.metrics import precision_recall_curve
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 
-from eval.command import finish, start
+from eval.command import backbone_of, finish, start
 from eval.features import features
 from eval.hub_boxes import is_mark
 from eval.results import check_writable
 from eval.voc import is_marked, read_annotation
-from eval.weights import load_backbone
 from flags import Given, UserError, command, reading
 from loading import sources
 from loading.batches import generator
@@ -211,7 +210,8 @@ def truths(train: ImageSet, test: ImageSet, folds: int):
 def unit_features(accelerator, loaded, part: ImageSet, workers: int):
     """Features [N, D] float64 of length 1. Raises UserError with the name of an image that cannot be read."""
     rows = torch.arange(len(part.images))
-    options = dict(image_size=loaded.image_size, workers=workers, say=accelerator.print)
+    normal, say = (loaded.mean, loaded.std), accelerator.print
+    options = dict(image_size=loaded.image_size, normal=normal, workers=workers, say=say)
     found, good = features(accelerator, loaded.network, (part.images, rows), **options)
     bad = (good < 0).nonzero().flatten().tolist()
     if bad:
@@ -310,7 +310,7 @@ def low_shot(train, truth, test, asked, shots: int, seed: int) -> dict:
 @command(VOC07)
 def voc07(s: VOC07, given: Given) -> dict:
     accelerator, workers = start(s)
-    loaded = load_backbone(s.run, architecture=s.backbone, image_size=s.image_size)
+    loaded = backbone_of(s, accelerator.print)
     check_writable(loaded.folder)
     train, test = read_sets(s.data)
     names, truth, asked = truths(train, test, s.folds)

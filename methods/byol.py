@@ -38,6 +38,7 @@ def views(image_size):
 
 
 class Method(nn.Module):
+    momentum_backbone = "target.0."  # where a checkpoint has the slow copy
     both_views = True
     batch_norm = "sync"
 

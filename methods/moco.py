@@ -37,6 +37,7 @@ def views(image_size):
 
 
 class Method(nn.Module):
+    momentum_backbone = "key_encoder.0."  # where a checkpoint has the slow copy
     both_views = False
     queue: torch.Tensor  # [queue, embedding_dim], unit rows
     oldest: torch.Tensor  # [], int64: the row that is replaced next

@@ -1,6 +1,7 @@
 """What the methods are made of: the backbone, the MLP heads, the moving average, the gather across processes."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,12 @@ class Losses(NamedTuple):
     embeddings: torch.Tensor
 
 
-def backbone(name: str, image_size: int) -> nn.Module:
+def backbone(name: str, image_size: int, weights: Mapping[str, torch.Size] | None = None) -> nn.Module:
     """A network from images [N, 3, image_size, image_size] to features [N, width]; `num_features` is the width.
 
     Any timm model without its classifier, randomly initialised, or "resnet_tiny": 0.7 million parameters, for CPUs.
     For images of 64 pixels or fewer a ResNet's stem is one 3x3 convolution and no max-pool (SimCLR, appendix B.9).
+    weights: the shapes, by name, of weights that it is to take; it is then made with their stem.
     """
     import timm  # seconds, which --help need not wait for
     from timm.models.resnet import BasicBlock, ResNet
@@ -40,7 +42,10 @@ def backbone(name: str, image_size: int) -> nn.Module:
         network = timm.create_model(name, num_classes=0)
     # The width of what comes out, which for some (mobilenetv3) is not that of the last convolution.
     network.num_features = getattr(network, "head_hidden_size", None) or network.num_features
-    return _small_stem(network) if image_size <= SMALL_STEM and isinstance(network, ResNet) else network
+    small = image_size <= SMALL_STEM
+    if weights is not None:
+        small = tuple(weights.get("conv1.weight", ())[1:]) == (3, 3, 3)
+    return _small_stem(network) if small and isinstance(network, ResNet) else network
 
 
 def _small_stem(network, stride=1):

@@ -13,7 +13,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 
 from flags import RunError, UserError, first_line
@@ -254,6 +254,17 @@ def load_checkpoint(folder: Path, method, made_by: dict) -> tuple[dict, dict]:
             raise UserError(f"{last}: was made with {name} {state['made_by'].get(name)}, this run has {wanted}")
     method.load_state_dict(weights)
     return optimizer, state
+
+
+def backbone_shapes(folder: Path) -> dict[str, torch.Size] | None:
+    """Shapes of the backbone's weights in the last checkpoint, by name; None where there is none that can be read."""
+    last = last_checkpoint(folder)
+    try:
+        with safe_open(str(last / "method.safetensors"), "pt") as file:  # type: ignore[operator]
+            shapes = {k: torch.Size(file.get_slice(k).get_shape()) for k in [*file.keys()]}
+            return {k.removeprefix("backbone."): v for k, v in shapes.items() if k.startswith("backbone.")}
+    except (OSError, SafetensorError, TypeError):
+        return None
 
 
 def save_backbone(folder: Path, backbone) -> None:

@@ -68,7 +68,8 @@ def draw_curves(folder: Path) -> None:
     if curve(knn, "knn", color="black", marker="o", markersize=4, label="k-NN"):
         for first in (line for line in lines if "knn_pixels" in line):
             knn.axhline(first["knn_pixels"], color=OTHER, linestyle="--", label="raw pixels")
-            knn.axhline(first["knn_random"], color=OTHER, linestyle=":", label="random network")
+            named = "initial weights" if "knn_initial" in first else "random network"
+            knn.axhline(first.get("knn_initial", first.get("knn_random")), color=OTHER, linestyle=":", label=named)
         knn.legend()
     knn.set(title="k-NN top-1 on held-out images (%)", xlabel="step")
     curve(spread, "feature_std", color="black")

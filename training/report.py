@@ -62,7 +62,10 @@ def summary(t: Training, bad: set, clipped: int = 0) -> str:
         lines.append(f"  k-NN          {t.knn:.1f} %")
     if "knn_pixels" in t.baselines:
         lines.append(f"  raw pixels    {t.baselines['knn_pixels']:.1f} %")
-        lines.append(f"  random net    {t.baselines['knn_random']:.1f} %")
+        if "knn_initial" in t.baselines:
+            lines.append(f"  at the start  {t.baselines['knn_initial']:.1f} %")
+        else:
+            lines.append(f"  random net    {t.baselines['knn_random']:.1f} %")
     if "warned" in t.health:
         lines.append(f"  warning       the embeddings collapsed; {COLLAPSE}")
     if bad:

@@ -19,7 +19,9 @@ from loading.pixels import text
 from methods.networks import SMALL_STEM
 from methods.networks import backbone as build_backbone
 from training import folder as run_folder
+from training import state_dicts
 from training.settings import DRY_RUN, Pretraining
+from training.weights import Backbone, load_backbone
 
 LOOP = ("optimizer", "lr", "weight_decay", "warmup_epochs")  # of a method's defaults, those its network does not take
 HEADS = ("temperature", "momentum", "queue", "hidden_dim", "embedding_dim", "predictor_dim")
@@ -34,6 +36,8 @@ class Began(NamedTuple):
     moved: bool  # whether it is named anew
     way: data.Way  # how it is read
     given: dict[str, Any]  # the flags that the run was started with
+    normal: dict[str, Any] | None  # what was asked of mean and std
+    shapes: dict[str, torch.Size] | None  # of its backbone's weights, where it has a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,8 @@ class Run(Pretraining):
     image_size: int
     min_crop: float
     flip: float
+    mean: str  # three numbers
+    std: str
     steps: int
     batch_size: int
     mixed_precision: str
@@ -56,6 +62,7 @@ class Run(Pretraining):
     eval_every: int
     heads: dict[str, Any]  # what the method's network takes: the flags of HEADS that it has, and what only it knows
     given: dict[str, Any]  # the flags that were typed
+    normal: dict[str, str | None]  # what was asked of mean and std
     images: int | None  # to train on; None for a stream
     fingerprint: str | None  # of the relative names and sizes of local data
     small_images: bool  # whether images are decoded once and made image_shape; the others when they are asked for
@@ -71,17 +78,26 @@ class Run(Pretraining):
         """What config.json holds."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         found["pixel_range"] = interval(self.pixel_range)
+        found |= {"mean": flags.channels(self.mean), "std": flags.channels(self.std)}
         return found | found.pop("heads")
 
 
 def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Began | None]:
     """The settings, checked as far as they can be without the data; of a resumed run its folder and data too."""
-    asked = dataclasses.replace(asked, dataset=data.absolute(asked.dataset), pixel_range=text(asked.pixel_range))
+    init = Path(asked.init).expanduser() if asked.init else None
+    asked = dataclasses.replace(
+        asked,
+        dataset=data.absolute(asked.dataset),
+        pixel_range=text(asked.pixel_range),
+        init=os.path.abspath(init) if init and init.exists() else asked.init,
+    )
     if not asked.resume:
         return asked, None, None
     folder = Path(str(asked.out if asked.resume is True else asked.resume)).expanduser()
     if asked.resume is True and (asked.dry_run or not (folder / "config.json").exists()):
         return asked, None, None  # --resume --out FOLDER: the same command starts a run and, after a kill, resumes it
+    if asked.init is not None and asked.resume is not True:
+        raise UserError(f"--init {asked.init}: a resumed run goes on from its own weights; drop --init, or --resume")
     if asked.dry_run is not None:
         raise UserError(f"--dry_run {asked.dry_run}: times a new run, and --resume resumes {folder}; drop --resume")
     if asked.out is not None and Path(asked.out).expanduser() != folder:
@@ -90,19 +106,29 @@ def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Be
     config["pixel_range"] = text(config.get("pixel_range"))
     said = flags.said(asked, given)
     dataset = said.pop("dataset", config["dataset"])  # data that moved is named anew, and compared when it is open
-    differ = [k for k, v in said.items() if k not in ON_RESUME and config.get(k) != v]
+    had = config | config.get("normal", {})
+    differ = [k for k, v in said.items() if k not in ON_RESUME and had.get(k) != v]
     if differ:
-        rows = "".join(f"\n  {k:<18} {config.get(k)!s:<18} {said[k]}" for k in differ)
+        rows = "".join(f"\n  {k:<18} {had.get(k)!s:<18} {said[k]}" for k in differ)
         raise UserError(
             f"--resume {folder}: keeps the settings of that run; drop these flags, or start another run"
             f"\n  {'flag':<18} {'the run has':<18} you gave{rows}"
         )
     merged = {k: config.get(k, default) for k, default in defaults.items()}
     merged |= {k: v for k, v in said.items() if k in ON_RESUME}
+    merged |= {k: ",".join(map(str, config[k])) for k in ("mean", "std") if config.get(k)}
     merged["dataset"] = dataset
     merged["epochs" if "steps" in said or merged["epochs"] is None else "steps"] = None  # the other one follows from it
     moved = dataset != data.absolute(config["dataset"])
-    began = Began(config.get("images"), config.get("fingerprint"), moved, data.way_of(config), config.get("given", {}))
+    began = Began(
+        config.get("images"),
+        config.get("fingerprint"),
+        moved,
+        data.way_of(config),
+        config.get("given", {}),
+        config.get("normal"),
+        run_folder.backbone_shapes(folder),
+    )
     return Pretraining(**merged), folder, began
 
 
@@ -116,14 +142,12 @@ def resolve(
     world: int,
     mixed_precision: str,
     began: Began | None = None,
-) -> tuple[Run, nn.Module]:
-    """Fill in every setting that was left open; build the backbone.
+) -> tuple[Run, nn.Module, list[str]]:
+    """Fill in every setting that was left open; build the backbone. Returns lines on what was loaded or measured too.
 
     began: the data that a resumed run began with. Raises UserError where settings and data do not fit.
     """
     size = asked.image_size or (max(16, source.side) if source.side <= SMALL_STEM else 224)
-    small = "resnet_tiny" if device == "cpu" else "resnet18"
-    backbone = asked.backbone or (small if size <= SMALL_STEM else "resnet50")
     batch_size = _batch_size(asked, source.images, world)
     if began is not None and began.images not in (None, source.images):
         raise UserError(
@@ -137,7 +161,7 @@ def resolve(
     if asked.dry_run and steps < DRY_RUN:
         raise UserError(f"--dry_run {asked.dry_run}: the run has {steps} steps; want {DRY_RUN} or more")
 
-    network = _network(backbone, size)
+    network, backbone, loaded = _network(asked, size, device, began)
     scale = {"image_size": size, "width": network.num_features, "steps": steps, "images": source.images}
     published = method_file.defaults(**scale)
     for name in LOOP + HEADS:
@@ -147,6 +171,7 @@ def resolve(
     loop = {name: own.pop(name) for name in LOOP}
     warmup = round(loop["warmup_epochs"] * each) if each else steps // 10 * (loop["warmup_epochs"] > 0)
     crop = _crop(asked, method_file, size)
+    normal, lines = _normal(asked, source, loaded)
     filled = dict(
         pixel_range=text(source.way.pixel_range),
         workers=min(8, max(1, (os.cpu_count() or 1) // world)) if asked.workers is None else asked.workers,
@@ -154,6 +179,7 @@ def resolve(
         image_size=size,
         min_crop=crop["min_crop"] if asked.min_crop is None else asked.min_crop,
         flip=crop["flip"] if asked.flip is None else asked.flip,
+        **normal,
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,
@@ -166,6 +192,7 @@ def resolve(
     derived = dict(
         heads=own,
         given=(began.given if began else {}) | typed,
+        normal=(began.normal if began else None) or {"mean": asked.mean, "std": asked.std},
         images=source.images,
         fingerprint=source.fingerprint,
         small_images=source.way.small,
@@ -174,7 +201,7 @@ def resolve(
         peak_lr=loop["lr"] * batch_size / 256,
         warmup_steps=min(steps - 1, warmup),
     )
-    return Run(**{**vars(asked), **filled, **derived}), network
+    return Run(**{**vars(asked), **filled, **derived}), network, [*([loaded.found] if loaded else []), *lines]
 
 
 def _batch_size(asked, images, world):
@@ -192,17 +219,46 @@ def _batch_size(asked, images, world):
     return size
 
 
-def _network(name, size):
-    """The backbone, after one image has gone through it: not every timm model takes every size."""
+def _network(asked: Pretraining, size: int, device: str, began: Began | None) -> tuple[nn.Module, str, Backbone | None]:
+    """The backbone, its name, and what --init loaded; one image has gone through it, as not all take every size."""
+    small = "resnet_tiny" if device == "cpu" else "resnet18"
+    name, loaded = asked.backbone or (small if size <= SMALL_STEM else "resnet50"), None
+    shapes = began.shapes if began else None
+    if asked.init is not None and shapes is None:  # else the checkpoint has weights of its own
+        loaded = load_backbone(
+            asked.init, architecture=asked.backbone, image_size=size, flag="--init", may_be_random=False
+        )
+        name = loaded.name
+        state_dicts.refuse_not_finite(loaded.network, f"--init {asked.init}")
     try:
-        network = build_backbone(name, size)
+        network = loaded.network if loaded else build_backbone(name, size, shapes)
         with torch.no_grad():
             width = network.eval()(torch.zeros(1, 3, size, size)).shape[1:]
     except Exception as error:
         raise UserError(f"--backbone {name}: does not take images of {size} pixels ({first_line(error)})") from error
     if width != (network.num_features,):
         raise UserError(f"--backbone {name}: gives {list(width)} numbers an image, not {network.num_features} features")
-    return network.train()
+    return network.train(), name, loaded
+
+
+def _normal(asked: Pretraining, source: data.Source, loaded: Backbone | None) -> tuple[dict[str, str], list[str]]:
+    """({"mean": three numbers, "std": three numbers} of the images' channels, a line where they were measured)."""
+    usual, found, lines = ViewRecipe(), {}, []
+    words = {"mean": asked.mean, "std": asked.std}
+    if "data" in words.values():
+        measured, count = data.channels_of(source)
+        lines.append(
+            f"mean {_three(measured['mean'])}, standard deviation {_three(measured['std'])}, measured on {count:,} "
+            "images of the training set"
+        )
+    for name, word in words.items():
+        values = flags.channels(word) or getattr(usual if word or not loaded else loaded, name)
+        found[name] = ",".join(map(str, measured[name] if word == "data" else values))
+    return found, lines
+
+
+def _three(values):
+    return ", ".join(f"{value:.3f}" for value in values)
 
 
 def _crop(asked, method_file, size):
@@ -212,5 +268,5 @@ def _crop(asked, method_file, size):
 
 def view_recipes(s: Run, method_file: ModuleType) -> tuple[ViewRecipe, ...]:
     """The method's two view recipes, with the crop and the flip of this run."""
-    recipes = method_file.views(s.image_size)
-    return tuple(recipe._replace(scale=(s.min_crop, 1.0), flip=s.flip) for recipe in recipes)
+    recipes, mean, std = method_file.views(s.image_size), flags.channels(s.mean), flags.channels(s.std)
+    return tuple(recipe._replace(scale=(s.min_crop, 1.0), flip=s.flip, mean=mean, std=std) for recipe in recipes)

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 
 from flags import (
     ABOVE_0,
+    CHANNELS,
+    CHANNELS_ABOVE_0,
     INTERVAL,
     NOT_NEGATIVE,
     PRECISIONS,
@@ -69,6 +71,11 @@ class Pretraining(Settings):
         "resnet_tiny",
         heading="Network and schedule",
     )
+    init: str | None = flag(
+        None,
+        "weights to begin from: a run's folder, a checkpoint's folder, a file, a timm name with its tag "
+        "(resnet50.a1_in1k), or hf-hub:OWNER/NAME; default: random",
+    )
     image_size: int | None = flag(
         None, "default: the size of the images up to 64 pixels, at least 16; else 224", range=at_least(8)
     )
@@ -76,6 +83,12 @@ class Pretraining(Settings):
         None, "smallest share of an image that a view shows; default: the method's", range=SHARE_ABOVE_0
     )
     flip: float | None = flag(None, "share of views that are mirrored; default: the method's", range=SHARE)
+    mean: str | None = flag(
+        None,
+        "of the channels: imagenet, data (measured), or R,G,B from 0 to 1; default: imagenet; with --init the weights'",
+        range=CHANNELS,
+    )
+    std: str | None = flag(None, "their standard deviation, likewise", range=CHANNELS_ABOVE_0)
     epochs: int | None = flag(None, "passes over the data; default: 50", range=at_least(1), on_resume=True)
     steps: int | None = flag(None, "optimizer steps, instead of epochs", range=at_least(1), on_resume=True)
     batch_size: int | None = flag(

@@ -445,7 +445,7 @@ def test_a_signal_saves_and_says_how_to_go_on(place):
     "flags, said",
     [
         (dict(run="resnet50", init="run"), "a timm name brings no weights; say --init random or --init imagenet"),
-        (dict(init="imagenet"), "has the stem for up to 64 pixels"),
+        (dict(init="imagenet"), "has the stem for small images"),
         (dict(run="resnet18", init="imagenet"), "timm's weights of resnet18 cannot be had"),
         (dict(run="vit_tiny_patch16_224"), "detection wants a ResNet"),
         (dict(run="nowhere/at/all"), "no such folder or file"),

@@ -25,11 +25,11 @@ from eval.linear import choose_strength, fingerprint, fit_logistic, linear
 from eval.results import read_results, write_result
 from eval.semi import balanced_part, listed_part, semi
 from eval.settings import KNN
-from eval.weights import load_backbone
 from flags import RunError, UserError, help_text
 from tests.test_data import folder, picture, table
 from train import pretrain
 from training import folder as run_folder
+from training.weights import load_backbone
 
 ROOT = Path(__file__).parents[2]
 
@@ -274,11 +274,11 @@ def test_refusals(run, place):
     (place / "wrong" / "config.json").write_text((run / "config.json").read_text())
     tiny = dict(run="resnet_tiny", image_size=16)
     for options, message in (
-        (dict(), "--run: want a run's folder, a backbone.safetensors, or a timm name"),
+        (dict(), "--run: want a run's folder, a checkpoint's folder, a file of weights, or a timm name"),
         (dict(run="runs/none"), "--run runs/none: no such folder or file"),
         (dict(run="resnet_tinny"), "and no timm model; did you mean resnet_tiny"),
         (dict(run="resnet_tiny"), "--dataset: name the images to evaluate on"),
-        (dict(run=str(unfinished)), "is not finished; evaluate its last checkpoint: --run .*/checkpoints/step_000007"),
+        (dict(run=str(unfinished)), "is not finished; take its last checkpoint: --run .*/checkpoints/step_000007"),
         (
             dict(run=str(place / "wrong")),
             "2 of its weights do not fit resnet_tiny at 16 pixels, such as conv1.weight, more",
@@ -418,40 +418,6 @@ def test_one_image_a_class_leaves_nothing_to_choose_by(place):
     assert choose_strength(np.eye(3, dtype=np.float32), np.array([0, 0, 1]), 0)[0] > 0
     with pytest.raises(UserError, match="2 images of 1 classes"):
         choose_strength(np.eye(2, dtype=np.float32), np.array([1, 1]), 0)
-
-
-# What a file has.
-
-
-def test_a_file_that_does_not_fit_is_said_to_have_what_it_has(run, place):
-    weights = load_file(run / "backbone.safetensors")
-    head = {"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}
-    plain = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
-    small = weights | {"conv1.weight": torch.ones(24, 3, 7, 7)}
-    for name, content, message in (
-        (
-            "moco",
-            {f"module.encoder_{x}.{k}": v.clone() for x in "kq" for k, v in {**plain, **head}.items()}
-            | {"module.queue": torch.ones(2)},
-            "their names begin with module.encoder_k. or module.encoder_q.; 1 others, such as module.queue, do not; "
-            "there is a head, module.encoder_k.fc.bias and module.encoder_k.fc.weight; 13 num_batches_tracked",
-        ),
-        ("ddp", {f"module.{k}": v for k, v in weights.items()}, "pixels: their names begin with module.$"),
-        ("head", weights | head, "2 of its weights do not fit .*pixels: there is a head, fc.bias and fc.weight$"),
-        ("bare", plain, "pixels: 13 num_batches_tracked of batch norm are not there$"),
-        ("stem", small, "pixels: conv1.weight is 24 x 3 x 7 x 7, want 64 x 3 x 3 x 3$"),
-    ):
-        save_file(content, f"{name}.safetensors")
-        with pytest.raises(UserError, match=message) as error:
-            load_backbone(f"{name}.safetensors", architecture="resnet_tiny", image_size=16)
-        assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name, zipped", [("a.pth", True), ("old.pth.tar", False)])
-def test_a_file_of_torch_save_is_said_to_be_one(place, name, zipped):
-    torch.save({"epoch": 3, "state_dict": {"module.w": torch.ones(2)}}, name, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match="by torch.save and holds 1 tensors in state_dict, such as module.w; want a"):
-        load_backbone(name)
 
 
 # Lists of files.

@@ -18,10 +18,10 @@ import flags
 from bsim import ViewRecipe
 from eval.export import detectron2_key, export, torchvision_model
 from eval.results import write_result
-from eval.weights import Backbone, load_backbone
 from flags import UserError
 from methods.networks import backbone
 from training import folder as run_folder
+from training.weights import Backbone, load_backbone
 
 CONFIG = dict(
     method="moco", sim_weight=0.5, mix="cutmix", dataset="my/pictures", steps=1234, batch_size=256, lr=0.03, seed=7

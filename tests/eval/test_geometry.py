@@ -15,12 +15,13 @@ import data
 from bsim import ViewRecipe, make_view
 from eval.geometry import effective_rank, geometry, measures, name_of, unit, variance_shares
 from eval.results import read_results
-from eval.weights import Backbone, load_backbone, load_method
+from eval.weights import load_method
 from flags import UserError
 from loading.batches import generator
 from methods.networks import backbone
 from tests.test_data import picture
 from train import pretrain
+from training.weights import Backbone, load_backbone
 
 
 def test_effective_rank_and_shares_of_known_spectra():

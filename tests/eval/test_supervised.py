@@ -1,5 +1,6 @@
 """Training a classifier on labelled images, some of which cannot be read."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 import data
 from eval import supervised
 from eval.features import labelled_features
+from training.weights import Backbone
 
 
 @pytest.mark.parametrize("side", [24, 70])
@@ -44,7 +46,7 @@ def test_with_bad_images_the_label_is_that_of_the_image_that_was_read(place, mon
     monkeypatch.setattr(supervised.F, "cross_entropy", checked)
     task = SimpleNamespace(
         accelerator=Accelerator(cpu=True), train=train, test=test, seed=0, workers=0, say=said.append,
-        backbone=SimpleNamespace(image_size=16),
+        backbone=Backbone(None, "", 16, Path(), {}),
     )  # fmt: skip
     model = Brightness()
     descent = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -57,7 +59,7 @@ def test_with_bad_images_the_label_is_that_of_the_image_that_was_read(place, mon
         names = [train.images.table[i]["image"]["path"] for i in train.rows.tolist()]
         count = sum(name.endswith(("22.png", "23.png", "04.png", "01.png")) for name in names)
         assert len(bad) == 1 and bad[0].startswith(f"left out {count} image") and ".png" in bad[0]
-        whole = SimpleNamespace(**vars(task) | {"backbone": SimpleNamespace(image_size=16, network=model)})
+        whole = SimpleNamespace(**vars(task) | {"backbone": Backbone(model, "", 16, Path(), {})})
         found, labels = labelled_features(whole, train)
         assert len(found) == len(labels) == len(train.rows) - count
         assert torch.equal(labels, (found[:, 0] > 0).long())
