@@ -263,6 +263,49 @@ def open_labelled(
     return train, test
 
 
+class Unlabelled(NamedTuple):
+    """The images of a split, all of them, with their names and labels where they have some."""
+
+    images: SmallImages | LargeImages
+    table: Dataset  # "image", undecoded, and "label" where there is one: all rows, bad ones too
+    place: str | None  # of local data
+    names: list | None  # of the classes
+    found: tuple[str, ...]
+
+    def rows_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of `images` that these rows of `table` are; -1 of a bad small image, which it has not."""
+        if not isinstance(self.images, SmallImages):
+            return rows
+        place = torch.from_numpy(np.searchsorted(self.images.good, rows))
+        at = place.clamp(max=len(self.images.good) - 1)
+        return torch.where(torch.from_numpy(self.images.good)[at] == rows, at, -1)
+
+
+def open_images(
+    dataset: str,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_bad_images: bool = False,
+    remembered: bool = False,
+    max_pixels: int | None = None,
+    way: Way = OPEN,
+) -> Unlabelled:
+    """Open all images of a split of `dataset`, in its order. Raises UserError where it cannot be read."""
+    limit(max_pixels or PIXELS)
+    with opening(dataset):
+        found = sources.opened(dataset, subset, False, skip_bad_images, remembered)
+        rows, whole = _take_split(found, split, dataset, image=image_column, label=label_column, optional=True)
+        rows = columns.numbered({split: rows})[0][split]
+        images, _, side, said = reading.of_rows({split: rows}, skip_bad_images, way, {split: whole})
+    source = Source(images[split], torch.arange(len(images[split])), None, None, side, None)
+    told = _told(source, found, dataset, split, said, [])
+    names = getattr(rows.features.get("label"), "names", None)
+    return Unlabelled(images[split], rows, found.place, names, told.found)
+
+
 def _same_classes(dataset, train, test):
     known, asked = (set(part[1][part[3]].tolist()) - {-1} for part in (train, test))
     if len(known) < 2 or not asked:

@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 import data
 import flags
 from eval.results import check_writable, table, write_result
-from eval.settings import Computing, Evaluation, Weights
+from eval.settings import Computing, Evaluation, Images, Weights
 from flags import Given, UserError
 from loading.files import counted
 from training.devices import open_accelerator
@@ -93,12 +93,12 @@ def backbone_of(s: Weights, say: Callable[[str], None]) -> Backbone:
     return loaded
 
 
-def images_of(s: Evaluation, config: dict) -> dict[str, Any]:
+def images_of(s: Images, config: dict) -> dict[str, Any]:
     """The dataset and what is said of it; where the dataset is left open, the settings of the run fill in.
 
     "own": whether the images are those of the run, and are read as it read them.
     """
-    found: dict[str, Any] = {k: getattr(s, k) for k in ("dataset", *DATA)}
+    found: dict[str, Any] = {k: getattr(s, k, None) for k in ("dataset", *DATA)}
     own = s.dataset is None or bool(config) and data.absolute(s.dataset) == data.absolute(config["dataset"])
     if s.dataset is None:
         if not config:

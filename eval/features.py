@@ -19,6 +19,16 @@ def clean_view(image_size, mean, std) -> ViewRecipe:
 
 
 @torch.no_grad()
+def in_batches(accelerator, network, images, rows, image_size, normal, workers):
+    """Yield (features [n, D] float32 on the device, clipped values or -1 where bad) of `rows`, some at a time."""
+    clean = clean_view(image_size, *normal)
+    for batch, clipped in batches.whole_images(images, rows, image_size, workers=workers):
+        view = make_view(batch.to(accelerator.device), clean, generator=torch.Generator())
+        with accelerator.autocast():
+            yield network(view).float(), clipped
+
+
+@torch.no_grad()
 def features(accelerator, network, part, *, image_size, normal=IMAGENET, workers=0, delay=0.0, say=None):
     """Features and labels (-1: none, or a bad image) of (images, rows) on every process; each computes its share.
 
@@ -29,16 +39,15 @@ def features(accelerator, network, part, *, image_size, normal=IMAGENET, workers
     images, rows = part
     rank, world = accelerator.process_index, accelerator.num_processes
     padded = rows[torch.arange(-(-len(rows) // world) * world) % len(rows)]
-    clean = clean_view(image_size, *normal)
     found, beyond = [], []
     shown = accelerator.is_main_process
     with progress(len(rows), shown=shown, unit=" images", named="features", delay=delay) as bar:
-        for batch, clipped in batches.whole_images(images, padded[rank::world], image_size, workers=workers):
-            view = make_view(batch.to(accelerator.device), clean, generator=torch.Generator())
-            with accelerator.autocast():
-                found.append(network(view).float())
+        for values, clipped in in_batches(
+            accelerator, network, images, padded[rank::world], image_size, normal, workers
+        ):
+            found.append(values)
             beyond.append(clipped.to(accelerator.device))
-            bar.update(min(len(batch) * world, len(rows) - bar.n))
+            bar.update(min(len(values) * world, len(rows) - bar.n))
 
     def everyones(parts):
         return accelerator.gather(torch.cat(parts)).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[: len(rows)]

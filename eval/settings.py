@@ -30,13 +30,12 @@ class Computing(Weights):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Computing):
-    """What the protocols on labelled images share."""
+class Images(Computing):
+    """Images of a dataset, as pretraining takes them."""
 
     dataset: str | None = flag(None, "as in pretraining; default: the run's", heading="The images")
     subset: str | None = flag(None, "configuration of a Hub dataset that has several")
     split: str | None = flag(None, "training split; default: the run's")
-    eval_split: str | None = flag(None, "evaluation set; default: validation or test, else a held-out tenth")
     image_column: str | None = flag(None, "for a dataset with several columns of images")
     label_column: str | None = flag(None, "for a dataset with several columns of classes")
     skip_bad_images: bool = flag(False, "leave out images that cannot be read")
@@ -48,6 +47,33 @@ class Evaluation(Computing):
     max_pixels: int | None = flag(
         None, "of an image; one that claims more is a bad image; default: the run's", range=at_least(1)
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Images):
+    """What the protocols on labelled images share."""
+
+    eval_split: str | None = flag(None, "evaluation set; default: validation or test, else a held-out tenth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed(Images):
+    """Features of images in a file, a row an image, in the dataset's order; labels are not needed.
+
+    .parquet: columns `file` (or `row`, where images have no names), `label` where there is one, `feature`. .npy: the
+    features, with the other columns in a .csv beside it. Many processes: accelerate launch -m eval.embed ...
+    """
+
+    out: str = flag("", "a new file that ends in .parquet or .npy", heading="What is written")
+    normalize: bool = flag(False, "features of length 1")
+    half: bool = flag(False, "float16 in the place of float32")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.out.endswith((".parquet", ".npy")):
+            raise UserError(
+                f"--out {self.out}: want a file that ends in .parquet or .npy, as in --out features.parquet"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

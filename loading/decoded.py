@@ -64,9 +64,9 @@ class SmallImages:
             parts.append(part)
         self.shape, self.table, self.pixels = shape, rows, concatenate_datasets(parts)
         self.bad = {row_name(i, split, rows[i]["image"]) for i in bad}
+        self.good = np.setdiff1d(np.arange(len(rows)), bad)  # rows of `rows`, in order
         if bad:
-            good = np.setdiff1d(np.arange(len(rows)), bad)
-            self.table, self.pixels = rows.select(good), self.pixels.select(good)
+            self.table, self.pixels = rows.select(self.good), self.pixels.select(self.good)
         clipped = np.asarray(self.pixels.select_columns("clipped")[:]["clipped"])
         self.clipped = int(clipped.sum()), int((clipped > 0).sum())
 

@@ -111,7 +111,7 @@ def test_a_finished_run_can_be_trained_longer(place):
 def test_parts_of_a_batch_add_up(place, monkeypatch):
     """Without batch norm, whose statistics are a part's own, two parts take the step of the whole batch."""
     monkeypatch.setattr("train.make_view", lambda images, recipe, generator: images[..., :8, :8].float() / 255)
-    monkeypatch.setattr("training.resolve.build_backbone", lambda name, size: Plain())
+    monkeypatch.setattr("training.resolve.build_backbone", lambda name, size, shapes: Plain())
     monkeypatch.setattr("methods.networks.nn.BatchNorm1d", lambda width, affine: nn.Identity())
     options = dict(method="simsiam", sim_weight=1.0, lr=0.5, image_size=8, **{**SHORT, "eval_every": 0})
     one, two = (weights(pretrain(**options, accumulate=n, out=f"parts{n}")) for n in (1, 2))
