@@ -523,6 +523,8 @@ class ViewRecipe(NamedTuple):
     solarize: float = 0.0
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    vertical_flip: float = 0.0  # probabilities, for images without an up and a down
+    rotate90: float = 0.0  # of a turn by 90, 180 or 270 degrees, each as likely
 
 
 def _column(parameter, images):
@@ -784,6 +786,12 @@ def make_view(images: Tensor, recipe: ViewRecipe, *, generator: torch.Generator)
     with torch.autocast(images.device.type, enabled=False):
         for part in zip(*(x.chunk(parts) for x in (views, images, *draws))):
             _render(*part, recipe=recipe)
+    if recipe.vertical_flip:
+        views = torch.where(_column(uniform() < recipe.vertical_flip, views), views.flip(2), views)
+    if recipe.rotate90:
+        turns = uniform(1, 4).long() * (uniform() < recipe.rotate90)
+        for quarter in (1, 2, 3):
+            views = torch.where(_column(turns == quarter, views), views.rot90(quarter, (2, 3)), views)
     return views
 
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from datasets import ClassLabel, Dataset
 
 from flags import UserError
-from loading import columns, files, reading, sources
+from loading import columns, files, reading, sources, splits
 from loading.batches import ORDER, SPLIT, generator
 from loading.columns import features_of
 from loading.decoded import SmallImages
@@ -20,7 +19,7 @@ from loading.images import PIXELS, LargeImages, limit, mark
 from loading.reading import OPEN, Way
 
 absolute, way_of = sources.absolute, reading.way_of
-CHANNEL_SAMPLE = 2_000  # images of which --mean data takes mean and standard deviation, about
+HELD_OUT = 2_000  # images without labels that are not trained on, at most
 BANK, QUERIES = 50_000, 10_000  # images of a k-NN evaluation, at most; a tenth of that from a stream
 DIGITS = dict(min_crop=0.6, flip=0.0)  # views of the digits: half a digit, or a mirrored one, is another or none
 
@@ -62,7 +61,7 @@ class Source(NamedTuple):
 
     train: Any  # SmallImages, LargeImages, or a stream: a datasets.IterableDataset
     rows: torch.Tensor | None  # the rows to train on; None for a stream
-    bank: tuple | None
+    bank: tuple | None  # without labels: those among which neighbours are shown
     queries: tuple | None
     side: int  # the longer side of the images, of a few
     note: str | None  # why there is no k-NN
@@ -70,6 +69,7 @@ class Source(NamedTuple):
     left_out: tuple[str, ...] = ()  # each image that is not used, and why
     fingerprint: str | None = None  # of the relative names and sizes of local data
     way: Way = OPEN  # how the images are read
+    held_out: tuple | None = None  # (images, rows) that are not trained on, where there are no queries
 
     @property
     def images(self):
@@ -94,36 +94,41 @@ def open_source(
     remembered: bool = False,
     max_pixels: int | None = None,
     way: Way = OPEN,
+    hold_out: bool = False,
 ) -> Source:
     """Open `dataset` for pretraining. Raises UserError where it cannot be read or its columns are ambiguous.
 
     `remembered`: another process of this machine has just opened it, and what it listed is taken from the cache.
-    `way`: how the images are read, where a run recorded it.
+    `way`: how the images are read, where a run recorded it. `hold_out`: some images without labels are not trained on,
+    but measured; of images with labels this is always so.
     """
     limit(max_pixels or PIXELS)
     with opening(dataset):
         opened = sources.opened(dataset, subset, streaming, skip_bad_images, remembered)
         names: dict = dict(image=image_column, label=label_column)
-        train, whole = _take_split(opened, split, dataset, **names)
+        train, whole = splits.taken(opened, split, dataset, **names)
         held_out, wholes = None, {split: whole}
-        eval_split = eval_split or _split_to_evaluate(opened.splits, split)
+        eval_split = eval_split or splits.to_evaluate(opened.splits, split)
         if eval_split:
-            held_out, wholes[eval_split] = _take_split(opened, eval_split, dataset, **names, optional=True)
+            held_out, wholes[eval_split] = splits.taken(opened, eval_split, dataset, **names, optional=True)
         if streaming:
-            source, notes, said = _stream_source(train, held_out, skip_bad_images, seed, way)
+            source, notes, said = _stream_source(train, held_out, skip_bad_images, seed, way, hold_out)
         else:
             parts, notes = columns.numbered({split: train, eval_split: held_out})
-            source, said = _source(parts, wholes, split, eval_split, skip_bad_images, seed, way)
+            source, said = _source(parts, wholes, split, eval_split, skip_bad_images, seed, way, hold_out)
     own = source.queries is not None and source.queries[0] is source.train
     if own and eval_split:
         notes.append(f"split {eval_split} has no labels: k-NN holds out a tenth of {split} in its place")
     return _told(source, opened, dataset, split, said, notes)
 
 
-def _source(parts, wholes, split, eval_split, skip_bad_images, seed, way):
+def _source(parts, wholes, split, eval_split, skip_bad_images, seed, way, hold_out):
     """(Source, lines on pixel values) of {split: rows}, of which the split to evaluate may be None."""
     labelled = "label" in parts[split].column_names
-    usable = [k for k, v in parts.items() if k == split or v is not None and labelled and "label" in v.column_names]
+    usable = [split]
+    for name, rows in parts.items():
+        if name != split and rows is not None and ("label" in rows.column_names if labelled else hold_out):
+            usable.append(name)
     classes = [getattr(parts[k].features["label"], "names", None) for k in usable if labelled]
     if len(classes) == 2 and classes[0] != classes[1]:  # numbers that mean other classes cannot be compared
         raise UserError(
@@ -135,11 +140,16 @@ def _source(parts, wholes, split, eval_split, skip_bad_images, seed, way):
     rows = torch.randperm(len(train), generator=generator(seed, SPLIT))
     labels = train.labels(rows) if labelled else torch.empty(0)
     note = _unfit(labels)
-    if note:
-        return Source(train, rows.sort().values, None, None, side, note, way=way), said
-    queries = None
+    picked = None
     if held_out is not None:
         picked = torch.randperm(len(held_out), generator=generator(seed, SPLIT))[:QUERIES]
+    if note:
+        kept = min(HELD_OUT, len(rows) // 10) if hold_out and held_out is None else 0
+        others = (held_out, picked) if held_out is not None and hold_out else (train, rows[:kept]) if kept else None
+        rows = rows[kept:]
+        return Source(train, rows.sort().values, (train, rows[:BANK]), None, side, note, way=way, held_out=others), said
+    queries = None
+    if held_out is not None:
         queries = (held_out, picked) if (held_out.labels(picked) >= 0).any() else None  # a Hub test set may say -1
     if queries is None:
         kept = min(QUERIES, len(rows) // 10)
@@ -215,11 +225,11 @@ def open_labelled(
     with opening(dataset):
         found = sources.opened(dataset, subset, False, skip_bad_images, remembered)
         asked = eval_split
-        eval_split = eval_split or _split_to_evaluate(found.splits, split)
+        eval_split = eval_split or splits.to_evaluate(found.splits, split)
         parts, wholes = {}, {}
         for wanted in (split, eval_split) if eval_split else (split,):
             optional = wanted != split and not asked
-            rows, wholes[wanted] = _take_split(
+            rows, wholes[wanted] = splits.taken(
                 found, wanted, dataset, image=image_column, label=label_column, optional=optional
             )
             if "label" in rows.column_names:
@@ -297,7 +307,7 @@ def open_images(
     limit(max_pixels or PIXELS)
     with opening(dataset):
         found = sources.opened(dataset, subset, False, skip_bad_images, remembered)
-        rows, whole = _take_split(found, split, dataset, image=image_column, label=label_column, optional=True)
+        rows, whole = splits.taken(found, split, dataset, image=image_column, label=label_column, optional=True)
         rows = columns.numbered({split: rows})[0][split]
         images, _, side, said = reading.of_rows({split: rows}, skip_bad_images, way, {split: whole})
     source = Source(images[split], torch.arange(len(images[split])), None, None, side, None)
@@ -324,11 +334,6 @@ def _same_classes(dataset, train, test):
         raise UserError(f"--dataset {dataset}: class {name} is only in the split to evaluate, which cannot be learnt")
 
 
-def _split_to_evaluate(splits, split):
-    base = split.partition("[")[0]
-    return next((s for s in ("validation", "valid", "val", "test") if s in splits and s != base), None)
-
-
 def _unfit(labels) -> str | None:
     """Why these labels cannot be evaluated by k-NN, or None."""
     known = labels[labels >= 0]
@@ -342,9 +347,10 @@ def _unfit(labels) -> str | None:
     return None
 
 
-def _stream_source(train, held_out, skip_bad, seed, way):
+def _stream_source(train, held_out, skip_bad, seed, way, hold_out):
     way, side, said = reading.of_stream(train, skip_bad, way)
-    if "label" not in features_of(train):
+    labelled = "label" in features_of(train)
+    if not labelled and not hold_out:
         return Source(train, None, None, None, side, "no labels", way=way), [], said
 
     def sample(stream, most):
@@ -355,11 +361,13 @@ def _stream_source(train, held_out, skip_bad, seed, way):
             if len(records) >= most:
                 break
         records = records[:most]
-        kept = {name: [record[name] for record in records] for name in ("image", "label")}
+        kept = {name: [record[name] for record in records] for name in features_of(train)}
         return Dataset.from_dict(kept, features=features_of(train))
 
     whole, queries = train, None
-    if held_out is not None and "label" in features_of(held_out):
+    if not labelled and held_out is not None:
+        queries = sample(held_out.select_columns("image"), QUERIES // 10)
+    elif held_out is not None and "label" in features_of(held_out):
         queries = sample(held_out, QUERIES // 10)
         queries = queries if any(label not in (None, -1) for label in queries["label"]) else None
     if queries is None:
@@ -370,32 +378,13 @@ def _stream_source(train, held_out, skip_bad, seed, way):
     bank, queries = (
         (LargeImages(rows, name, skip_bad, way.pixel_range), torch.arange(len(rows))) for name, rows in samples.items()
     )
+    if not labelled:
+        held_out = queries if len(queries[1]) else None
+        return Source(train, None, bank, None, side, "no labels", way=way, held_out=held_out), notes, said
     note = _unfit(bank[0].labels(bank[1])) or (None if len(queries[1]) else "no image was held out")
     if note:
         return Source(whole, None, None, None, side, note, way=way), notes, said
     return Source(train, None, bank, queries, side, None, way=way), notes, said
-
-
-def channels_of(source: Source) -> tuple[dict[str, tuple[float, ...]], int]:
-    """({"mean": (R, G, B), "std": (R, G, B)} from 0 to 1, of how many images) of the training set, spread over it.
-
-    Raises UserError for a stream, which would have to be read twice.
-    """
-    if source.rows is None:
-        raise UserError("--mean data: a stream is not measured; give three numbers, as in --mean 0.5,0.5,0.5")
-    rows = source.rows[:: max(1, len(source.rows) // CHANNEL_SAMPLE)]
-    total, squares, pixels, count = torch.zeros(3).double(), torch.zeros(3).double(), 0, 0
-    for part in rows.split(256):
-        images, clipped = source.train.whole(part, min(256, max(source.side, 16)))
-        values = images[clipped >= 0].double() / 255
-        total, squares = total + values.sum((0, 2, 3)), squares + values.square().sum((0, 2, 3))
-        pixels, count = pixels + values[:, 0].numel(), count + len(values)
-    mean = total / pixels
-    std = (squares / pixels - mean.square()).clamp(0).sqrt()
-    if not (std > 0).all():
-        raise UserError("--std data: a channel of the training set has one value everywhere; give three numbers")
-    rounded = {"mean": mean, "std": std}
-    return {name: tuple(round(x, 6) for x in values.tolist()) for name, values in rounded.items()}, count
 
 
 def is_held_out(record: dict) -> bool:
@@ -405,23 +394,3 @@ def is_held_out(record: dict) -> bool:
 
 def is_not_held_out(record: dict) -> bool:
     return not is_held_out(record)
-
-
-def _take_split(opened, wanted, spec, **names):
-    """(rows of the split `wanted`, (all rows of that split, the first of these)); `names` are those of the columns.
-
-    wanted: a name, or a name and a range of rows, as in train[:5000].
-    """
-    splits, match = opened.splits, re.fullmatch(r"([\w.-]+)(?:\[(\d*):(\d*)\])?", wanted)
-    name = match and next((x for x in (match[1], sources.SPLIT_OF.get(match[1])) if x in splits), None)
-    if name is None:
-        raise UserError(f"split {wanted!r}: {spec} has {', '.join(splits)}; write one, or a part, as in train[:5000]")
-    part, total = match[2] or match[3], len(splits[name]) if isinstance(splits[name], Dataset) else None
-    if total is None and part:
-        raise UserError(f"split {wanted!r}: a part of a stream depends on who reads it; want a whole split")
-    taken = range(total or 0)[slice(int(match[2] or 0), int(match[3]) if match[3] else None)]
-    if total is not None and not taken:
-        why = f"it has {total:,} in all" if total else "; ".join(opened.notes)
-        raise UserError(f"split {wanted!r} of {spec} has no rows{f' ({why})' if why else ''}")
-    whole = columns.chosen(splits[name], f"{spec}, {wanted}", **names)
-    return whole.select(taken) if part else whole, (whole, taken.start)

@@ -117,6 +117,26 @@ def channels(given: Any) -> tuple[float, ...] | None:
     return found if len(found) == 3 and all(0 <= value <= 1 for value in found) else None
 
 
+def one_or_two(given: Any) -> tuple[float, ...] | None:
+    """The numbers of "0.1", "0.1,0.2", of a number or of a pair; None for anything else."""
+    try:
+        words = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int | float) else given
+        found = tuple(float(word) for word in words)
+    except (TypeError, ValueError):
+        return None
+    return found if len(found) in (1, 2) and all(map(math.isfinite, found)) else None
+
+
+def in_both_views(wanted: str, high: float) -> Range:
+    """A number from 0 to `high` for both views, or one for each."""
+
+    def holds(v: Any) -> bool:
+        found = one_or_two(v)
+        return found is not None and all(0 <= value <= high for value in found)
+
+    return Range(f"{wanted}, for both views, or one for each, as in 0.1,0.2", holds)
+
+
 CHANNELS = Range(
     "imagenet, data, or three numbers from 0 to 1, as in 0.5,0.5,0.5",
     lambda v: v in ("imagenet", "data") or channels(v) is not None,

@@ -13,7 +13,8 @@ from torch import nn
 
 import data
 from bsim import Mixture, make_view, sample_mixture
-from eval.knn import knn_accuracy, pixels
+from eval.knn import SHOTS, pixels
+from eval.learning import figures, nearest
 from flags import Given, UserError, command, progress
 from loading.batches import VIEW, Batches, Feed, StreamBatches, generator, places_of
 from loading.images import after_crop
@@ -24,7 +25,7 @@ from training import folder as run_folder
 from training.devices import mover, open_accelerator
 from training.optimize import learning_rate, optimizer_of
 from training.peers import Peers, agreement
-from training.report import COLLAPSE, Clock, measured, spread, summary
+from training.report import COLLAPSE, Clock, accuracies, measured, spread, summary, without_labels
 from training.resolve import Began, read, resolve, view_recipes
 from training.settings import Pretraining
 from training.state import Training
@@ -47,8 +48,9 @@ def pretrain(asked: Pretraining, given: Given) -> Path | None:
     if folder is not None and resumes:
         resume(t, folder)
     distribute(t)
-    if source.note and t.s.eval_every:
-        accelerator.print(f"k-NN is left out: {source.note}")
+    if t.s.eval_every and not t.s.dry_run:
+        for line in without_labels(t):
+            accelerator.print(line)
     if source.queries and t.s.eval_every and not t.start and not t.s.dry_run:
         before_training(t)
     if not t.s.dry_run:
@@ -101,6 +103,7 @@ def open_data(asked: Pretraining, accelerator: Accelerator, began: Began | None)
             seed=asked.seed,
             remembered=not accelerator.is_local_main_process,
             way=began.way if began else data.way_of({}, pixel_range=asked.pixel_range),
+            hold_out=began.held_out if began else asked.eval_every != 0,
         )
 
 
@@ -124,8 +127,8 @@ def build(
         accelerator.print(line)
     method = method_file.Method(network, **s.heads)
     draw_mixture = getattr(method_file, "sample_mixture", sample_mixture)
-    views = view_recipes(s, method_file)
-    return Training(s, accelerator, source, method, method, optimizer_of(method, s), views, draw_mixture)
+    views = view_recipes(vars(s), method_file.views(s.image_size))
+    return Training(s, accelerator, source, method, method, optimizer_of(method, s), views, views, draw_mixture)
 
 
 def resume(t: Training, folder: Path) -> None:
@@ -160,18 +163,18 @@ def distribute(t: Training) -> None:
     t.model, t.optimizer = accelerator.prepare(model, t.optimizer)
 
 
-def evaluate(t: Training, features: Any) -> float:
-    options = dict(image_size=t.s.image_size, normal=(t.views[0].mean, t.views[0].std), workers=t.s.workers, delay=5)
-    return knn_accuracy(t.accelerator, t.source, features, **options)
+def evaluate(t: Training, network: Any) -> dict[str, Any]:
+    options = dict(image_size=t.s.image_size, workers=t.s.workers, seed=t.s.seed)
+    return figures(t.accelerator, t.source, network, t.recipes, **options)
 
 
 def before_training(t: Training) -> None:
-    """k-NN of pixels and of the random network, before anything is written, since it meets unreadable images."""
-    first, named = ("knn_initial", "initial weights") if t.s.init else ("knn_random", "random network")
-    t.baselines = {"knn_pixels": evaluate(t, pixels), first: evaluate(t, t.method.backbone)}
-    t.accelerator.print(
-        f"k-NN before training: raw pixels {t.baselines['knn_pixels']:.1f} %, {named} {t.baselines[first]:.1f} %"
-    )
+    """Accuracy of pixels and of the first weights, before anything is written, since it meets unreadable images."""
+    first = "initial" if t.s.init else "random"
+    for name, network in (("pixels", pixels), (first, t.method.backbone)):
+        found = evaluate(t, network)
+        t.baselines |= {f"{k}_{name}": found[k] for k in ("knn", *SHOTS)}
+    t.accelerator.print(f"before training:\n{accuracies(t.baselines, t.figures)}")
 
 
 def open_folder(t: Training, folder: Path | None, peers: Peers) -> None:
@@ -244,7 +247,8 @@ def loop(t: Training, peers: Peers) -> bool:
             losses = train_step(t, step)
 
             done, last, stops = step + 1, step + 1 == s.steps, stop_asked()
-            evaluates = bool(t.source.queries and s.eval_every and (last or done % s.eval_every == 0))
+            held_out = t.source.queries or t.source.held_out
+            evaluates = bool(held_out and s.eval_every and (last or done % s.eval_every == 0))
             logs = last or evaluates or done % s.log_every == 0
             saves = last or stops or done % s.checkpoint_every == 0
             if logs or saves:
@@ -332,8 +336,8 @@ def log(t: Training, losses: Losses, done: int, clock: Clock, evaluates: bool, b
     line["images_per_second"] = clock.speed(done, t.s.batch_size)
     if evaluates:
         average_statistics(t.method)
-        line["knn"] = t.knn = evaluate(t, t.method.backbone)
-        line |= {} if "said" in t.baselines else t.baselines
+        t.figures = evaluate(t, t.method.backbone)
+        line |= t.figures | ({} if "said" in t.baselines else t.baselines)
         t.baselines["said"] = True
     if guards.collapsed(t.health, line["feature_std"]):
         t.accelerator.print(f"warning: step {done}: the embeddings collapse; {COLLAPSE}")
@@ -342,7 +346,9 @@ def log(t: Training, losses: Losses, done: int, clock: Clock, evaluates: bool, b
         run_folder.append_metrics(t.folder, line)
     t.accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=done)
     shown = {"loss": f"{line['loss']:.3f}", "img/s": f"{line['images_per_second']:.0f}"}
-    bar.set_postfix(shown | ({"knn": f"{t.knn:.1f}%"} if t.knn is not None else {}), refresh=False)
+    for name, mark in (("five_labels", "%"), ("knn", "%"), ("effective_rank", "")):
+        shown |= {name: f"{t.figures[name]:.1f}{mark}"} if t.figures.get(name) is not None else {}
+    bar.set_postfix(shown, refresh=False)
     clock.restart(done)
 
 
@@ -366,11 +372,18 @@ def save(t: Training, done: int) -> None:
 
 
 def leave(t: Training) -> None:
-    """The backbone, the curves, and a summary."""
+    """The backbone, the pictures, and a summary."""
     bad, clipped = set(gather_object(sorted(t.feed.bad))), sum(gather_object([t.feed.clipped]))
+    near = None
+    if t.s.eval_every and (t.source.queries or t.source.held_out):
+        normal = t.views[0].mean, t.views[0].std
+        options: dict[str, Any] = dict(image_size=t.s.image_size, normal=normal, workers=t.s.workers)
+        near = nearest(t.accelerator, t.source, t.method.backbone, **options)
     if t.accelerator.is_main_process:
         assert t.folder is not None
         run_folder.save_backbone(t.folder, t.method.backbone)
         pictures.draw_curves(t.folder)
+        if near is not None:
+            pictures.draw_neighbours(t.folder / "neighbours.png", *near)
     t.accelerator.end_training()
     t.accelerator.print(summary(t, bad, clipped))

@@ -1,6 +1,7 @@
 """Features of labelled images, computed by every process for its share, and the accuracy of scores."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import data
@@ -30,8 +31,9 @@ def in_batches(accelerator, network, images, rows, image_size, normal, workers):
 
 @torch.no_grad()
 def features(accelerator, network, part, *, image_size, normal=IMAGENET, workers=0, delay=0.0, say=None):
-    """Features and labels (-1: none, or a bad image) of (images, rows) on every process; each computes its share.
+    """Features and labels of (images, rows) on every process; each computes its share.
 
+    A label is -1 where there is none or the image is bad; in a dataset without labels it is 0 of every good image.
     normal: mean and standard deviation of the images that the network is used to. delay: seconds before the progress
     bar is shown. say: prints a line on values beyond the pixel range, if there are any. Raises RunError where a feature
     is not finite.
@@ -52,13 +54,19 @@ def features(accelerator, network, part, *, image_size, normal=IMAGENET, workers
     def everyones(parts):
         return accelerator.gather(torch.cat(parts)).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[: len(rows)]
 
-    labels = images.labels(rows).to(accelerator.device)
+    labelled = "label" in images.table.column_names
+    labels = images.labels(rows).to(accelerator.device) if labelled else values.new_zeros(len(rows), dtype=torch.int64)
     values, clipped = everyones(found), everyones(beyond)
     refuse_not_finite(values[clipped >= 0])
     values_beyond, of = int(clipped.clamp(0).sum()), int((clipped > 0).sum())
     if say and of:
         say(f"clipped: {counted(values_beyond, 'value')} beyond the pixel range, in {counted(of, 'image')}")
     return values, labels.masked_fill(clipped < 0, -1)
+
+
+def unit(x) -> torch.Tensor:
+    """The rows of x [N, D] at length 1; float64 on the way, where the square of no float32 overflows."""
+    return F.normalize(x.double(), dim=1).float()
 
 
 def refuse_not_finite(values, what="features") -> None:

@@ -14,23 +14,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde
 
-from bsim import alignment, make_view, uniformity
-from data import Source
+from bsim import alignment, uniformity
 from eval.command import Task, protocol
-from eval.features import features, refuse_not_finite
+from eval.features import features, unit
+from eval.learning import of_views
 from eval.weights import has_weights_of, load_method
-from flags import UserError, progress
-from loading.batches import SPLIT, VIEW, Batches, Feed, generator, whole_images
-from loading.images import after_crop
+from flags import UserError
+from loading.batches import SPLIT, generator, whole_images
 from methods import METHODS
 from training import folder as run_folder
 from training.folder import write
 from training.pictures import colour_of
+from training.resolve import view_recipes
 from training.weights import Backbone, load_backbone
 
 QUERIES, NEAREST = 10, 5  # rows and columns of the neighbours in the picture
@@ -53,11 +52,6 @@ def _singular_values(x) -> torch.Tensor:
         values = torch.zeros_like(values)
         values[0] = 1
     return values
-
-
-def unit(x) -> torch.Tensor:
-    """The rows of x [N, D] at length 1; float64 on the way, where the square of no float32 overflows."""
-    return F.normalize(x.double(), dim=1).float()
 
 
 def variance_shares(x) -> torch.Tensor:
@@ -102,34 +96,7 @@ def recipes_of(loaded: Backbone):
     config = loaded.config
     recipes = METHODS[config.get("method", "simclr")].views(loaded.image_size)
     recipes = tuple(recipe._replace(mean=loaded.mean, std=loaded.std) for recipe in recipes)
-    if not config:
-        return recipes
-    return tuple(recipe._replace(scale=(config["min_crop"], 1.0), flip=config["flip"]) for recipe in recipes)
-
-
-@torch.no_grad()
-def of_views(task, loaded, part, rows, network):
-    """Unit features of two views of the images at `rows`, on every process."""
-    size, rank, world = min(256, len(rows)), task.accelerator.process_index, task.accelerator.num_processes
-    recipes, images = recipes_of(loaded), part.images
-    size -= size % world
-    share = dict(batch_size=size, part_size=size // world, rank=rank, world=world, seed=task.seed)
-    batches = Batches(Source(images, rows, None, None, 0, None), recipes, **share)
-    workers = task.workers if images.in_workers else 0
-    feed = Feed(batches, 0, batches.steps_per_epoch, workers, pin=False)
-    recipes = tuple(after_crop(recipe) for recipe in recipes) if images.in_workers else recipes
-    found = ([], [])
-    shown = task.accelerator.is_main_process
-    with progress(batches.steps_per_epoch * size, shown=shown, unit=" images", named="two views") as bar:
-        for step, pair in enumerate(feed):
-            draws = generator(task.seed, VIEW, step, rank)
-            for side, pixels, recipe in zip(found, pair, recipes):
-                side.append(network(make_view(pixels.to(task.accelerator.device), recipe, generator=draws)).float())
-            bar.update(size)
-    both = [task.accelerator.gather(torch.cat(side)) for side in found]
-    for values in both:
-        refuse_not_finite(values, "features of views")
-    return (unit(values) for values in both)
+    return view_recipes(config, recipes) if config else recipes
 
 
 def networks_of(task, run: str, loaded: Backbone) -> dict[str, torch.nn.Module]:
@@ -151,12 +118,14 @@ def measure(task, loaded, networks, rows):
     part, metrics, first = task.test, {}, None
     for name, network in networks.items():
         options = dict(image_size=loaded.image_size, normal=(loaded.mean, loaded.std), workers=task.workers)
+        seen = dict(workers=task.workers, seed=task.seed)
         options["say"] = task.say if first is None else None  # once: they are the same images
         x, known = features(task.accelerator, network, (part.images, rows), **options)
         good = known >= 0
         x = unit(x[good])
         first = x if first is None else first
-        metrics |= {name + k: v for k, v in measures(x, *of_views(task, loaded, part, rows, network)).items()}
+        views = of_views(task.accelerator, part.images, rows, recipes_of(loaded), network, **seen)
+        metrics |= {name + k: v for k, v in measures(x, *views).items()}
     return metrics, first, good
 
 

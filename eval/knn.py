@@ -11,10 +11,14 @@ if __name__ == "__main__":  # before what is slow to import
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from eval.command import Task, protocol
-from eval.features import features, labelled_features, topk_accuracy
+from eval.features import labelled_features, topk_accuracy, unit
+from loading.batches import SPLIT, generator
+
+DRAWS = 100  # of the labelled images, of which few_labels is the mean
+SHOTS = {"one_label": 1, "five_labels": 5}  # labelled images a class
+FEW_QUERIES = 4_000  # images that are classified, at most
 
 
 @torch.no_grad()
@@ -58,21 +62,35 @@ def pixels(images):
     return F.adaptive_avg_pool2d(images, 32).flatten(1) if images.shape[-1] > 32 else images.flatten(1)
 
 
-def knn_accuracy(accelerator, source, network, **options):
-    """k-NN accuracy in per cent; pixels, which have no direction of their own, are centred first."""
-    module = isinstance(network, nn.Module)
-    if module:
-        network.eval()
-    bank, labels = features(accelerator, network, source.bank, **options)
-    queries, truth = features(accelerator, network, source.queries, **options)
-    if module:
-        network.train()
-    else:
-        bank, queries = bank - bank.mean(0), queries - bank.mean(0)
-    known, asked = labels >= 0, truth >= 0
-    names, classes = labels[known].unique(return_inverse=True)
-    predicted = knn_predict(queries[asked], bank[known], classes, k=neighbours(classes))
-    return float((names[predicted] == truth[asked]).float().mean() * 100)
+def few_labels(bank, classes, queries, truth, shots: int, seed: int, draws: int = DRAWS) -> tuple[float, float] | None:
+    """Accuracy in per cent of the nearest class mean of `shots` labelled images a class, and its standard error.
+
+    bank [N, D] and queries [M, D]: features, normalised here. classes [N] int64: all of 0 to C - 1. truth [M] int64.
+    The mean over `draws` draws of the labelled images, the same for the same seed; None where a class has too few.
+    """
+    counts = classes.bincount()
+    if int(counts.min()) < shots:
+        return None
+    bank, queries = unit(bank), unit(queries)[:FEW_QUERIES]
+    order, found = generator(seed, SPLIT), []
+    for _ in range(draws):
+        shuffled = torch.randperm(len(bank), generator=order).to(bank.device)
+        by_class = shuffled[classes[shuffled].argsort(stable=True)]  # the rows of each class in a random order
+        starts = counts.cumsum(0) - counts
+        picked = by_class[starts[:, None] + torch.arange(shots, device=bank.device)]
+        means = F.normalize(bank[picked].mean(1), dim=1)
+        found.append(((queries @ means.T).argmax(1) == truth[: len(queries)]).double().mean() * 100)
+    accuracies = torch.stack(found)
+    return float(accuracies.mean()), float(accuracies.std() / draws**0.5)
+
+
+def with_few(bank, classes, queries, truth, seed: int, end: str = "") -> dict:
+    """{"one_label": accuracy, "one_label_se": its standard error, ...}; None where a class has too few images."""
+    found: dict[str, float | None] = {}
+    for name, shots in SHOTS.items():
+        of_few = few_labels(bank, classes, queries, truth, shots, seed)
+        found |= {f"{name}{end}": of_few and of_few[0], f"{name}{end}_se": of_few and of_few[1]}
+    return found
 
 
 @protocol(KNN)
@@ -81,12 +99,18 @@ def knn(task: Task, s: KNN) -> dict:
     task.chosen["k"] = k = s.k or neighbours(train.labels)
     bank, classes = labelled_features(task, train)
     queries, truth = labelled_features(task, test)
-    metrics = topk_accuracy(knn_log_votes(queries, bank, classes, k=k, temperature=s.temperature), truth)
+    few = with_few(bank, classes, queries, truth, s.seed)
+    votes = topk_accuracy(knn_log_votes(queries, bank, classes, k=k, temperature=s.temperature), truth)
     bank, classes = labelled_features(task, train, pixels)
     queries, truth = labelled_features(task, test, pixels)
-    centre = bank.mean(0)
-    votes = knn_log_votes(queries - centre, bank - centre, classes, k=k, temperature=s.temperature)
-    return metrics | {"pixels_top1": topk_accuracy(votes, truth)["top1"]}
+    queries, bank = queries - bank.mean(0), bank - bank.mean(0)
+    few |= with_few(bank, classes, queries, truth, s.seed, "_pixels")
+    for name, shots in SHOTS.items():
+        if few[name] is None:
+            task.say(f"{name} is left out: a class has fewer than {shots} images to train on")
+    few = {k: v for k, v in few.items() if v is not None}
+    of_pixels = knn_log_votes(queries, bank, classes, k=k, temperature=s.temperature)
+    return few | votes | {"pixels_top1": topk_accuracy(of_pixels, truth)["top1"]}
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ class Embed(Images):
 
 @dataclass(frozen=True, kw_only=True)
 class KNN(Evaluation):
-    """Weighted k-NN on frozen features (Wu et al., 2018): top-1, top-5, and top-1 of raw pixels beside them."""
+    """Accuracy with one and with five labels a class: nearest class mean, the mean of 100 draws, its standard error.
+    Then weighted k-NN of all labels (Wu et al., 2018): top-1, top-5. Raw pixels beside them."""
 
     k: int | None = flag(
         None,

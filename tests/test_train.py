@@ -57,7 +57,13 @@ def test_a_run_leaves_what_it_promises(place, method, capsys):
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000006"]
     assert not list(folder.rglob(".*"))
     said = capsys.readouterr().out
-    for part in (str(folder), "k-NN", "raw pixels", "random net", "next: accelerate launch bsim.py --method " + method):
+    for part in (
+        str(folder),
+        "k-NN",
+        "raw pixels",
+        "random weights",
+        "next: accelerate launch bsim.py --method " + method,
+    ):
         assert part in said
 
 

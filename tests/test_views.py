@@ -348,3 +348,22 @@ def test_everything_goes_where_the_images_are(dtype, monkeypatch):
 def test_floats_outside_0_to_1_are_refused(images, dtype):
     with pytest.raises(ValueError, match=r"images: got floats from .* want \[0, 1\]; divide 0 to 255 by 255"):
         make_view(images.to(dtype), ViewRecipe(8), generator=torch.Generator())
+
+
+def test_upside_down_and_quarter_turns():
+    """Each a share of the views; a turn by 90, 180 and 270 degrees is as likely. Nothing else changes."""
+    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).expand(1200, -1, -1, -1)
+    for change, turned, share in (
+        (dict(vertical_flip=0.5), [x.flip(2)], 0.5),
+        (dict(rotate90=0.6), [torch.rot90(x, k, (2, 3)) for k in (1, 2, 3)], 0.2),
+    ):
+        views = make_view(x, NOTHING._replace(**change), generator=torch.Generator().manual_seed(1))
+        same = (views - x).abs().flatten(1).amax(1) < 1e-5
+        kinds = [(views - wanted).abs().flatten(1).amax(1) < 1e-5 for wanted in turned]
+        assert bool((same | torch.stack(kinds).any(0)).all())
+        for kind in kinds:
+            assert abs(float(kind.float().mean()) - share) < 0.05
+    plain, drawn = (torch.Generator().manual_seed(2) for _ in range(2))
+    usual = make_view(x[:4], ViewRecipe(16), generator=plain)
+    turned = make_view(x[:4], ViewRecipe(16, vertical_flip=1.0), generator=drawn)
+    torch.testing.assert_close(turned, usual.flip(2))  # what a recipe does not turn is drawn as before

@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from training.folder import read_metrics, write
 
@@ -50,34 +51,64 @@ def draw_views(path: Path, sources, a, b, mixture, recipes, count=8) -> None:
 
 
 def draw_curves(folder: Path) -> None:
-    """curves.png from metrics.jsonl: loss, k-NN, spread of the embeddings, learning rate."""
+    """curves.png from metrics.jsonl: loss, accuracy, what is measured without labels, spread, learning rate."""
     lines = read_metrics(folder)
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    (loss, knn), (spread, rate) = figure.subplots(2, 2)
+    first: dict = next((line for line in lines if "knn_pixels" in line), {})
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    (loss, few, rank), (rate, spread, sphere) = figure.subplots(2, 3)
 
     def curve(axis, key, **style):
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         if points:
-            axis.plot(*zip(*points), **style)
+            axis.plot(*zip(*points), **{"color": "black", **style})
         return points
 
     curve(loss, "sim", color=SIM, label="SIM")
     curve(loss, "bsim", color=BSIM, label="BSIM")
-    loss.set(title="loss", xlabel="step")
-    loss.legend()
-    if curve(knn, "knn", color="black", marker="o", markersize=4, label="k-NN"):
-        for first in (line for line in lines if "knn_pixels" in line):
-            knn.axhline(first["knn_pixels"], color=OTHER, linestyle="--", label="raw pixels")
-            named = "initial weights" if "knn_initial" in first else "random network"
-            knn.axhline(first.get("knn_initial", first.get("knn_random")), color=OTHER, linestyle=":", label=named)
-        knn.legend()
-    knn.set(title="k-NN top-1 on held-out images (%)", xlabel="step")
-    curve(spread, "feature_std", color="black")
-    spread.set(title="spread of embeddings (1: all over the sphere, 0: collapsed)", xlabel="step")
-    spread.set_ylim(bottom=0)
-    spread.title.set_fontsize(10)
-    curve(rate, "lr", color="black")
-    rate.set(title="learning rate", xlabel="step")
-    for axis in (loss, knn, spread, rate):
+    loss.set(title="loss")
+    start = "initial" if "knn_initial" in first else "random"
+    accuracies = [("five_labels", "5 labels a class", SIM), ("one_label", "1 label a class", BSIM)]
+    for key, label, colour in [*accuracies, ("knn", "k-NN, all labels", "black")]:
+        curve(few, key, color=colour, marker="o", markersize=4, label=label)
+        for other, line in (("pixels", "--"), (start, ":")):
+            if first.get(f"{key}_{other}") is not None:
+                few.axhline(first[f"{key}_{other}"], color=colour, linestyle=line, linewidth=1)
+    few.set(title=f"accuracy in % (dashed: raw pixels, dotted: {start} weights)" if first else "accuracy: no labels")
+    few.set_ylim(top=min(100, few.get_ylim()[1]))
+    curve(rank, "effective_rank", marker="o", markersize=4)
+    rank.set(title="effective rank of features", ylim=(0, None))
+    curve(sphere, "alignment", color=SIM, marker="o", markersize=4, label="alignment (lower: views closer)")
+    curve(sphere, "uniformity", color=BSIM, marker="o", markersize=4, label="uniformity (lower: more even)")
+    sphere.set(title="features of held-out images on the sphere")
+    values = [y for _, y in curve(spread, "feature_std")]
+    spread.set(title="spread of embeddings (0: collapsed)", ylim=(0, 1.05 * max([1, *values])))
+    curve(rate, "lr")
+    rate.set(title="learning rate")
+    for axis in (loss, few, rank, rate, spread, sphere):
         axis.grid(alpha=0.3)
+        axis.set_xlabel("step")
+        axis.title.set_fontsize(10)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, framealpha=0.6)
     write(folder / "curves.png", lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def draw_neighbours(path: Path, queries, near, names=None) -> None:
+    """A row a held-out image: the image, then its nearest in the bank. names: a class under each, or None.
+
+    queries: uint8 [Q, 3, H, W]; near: uint8 [Q, K, 3, H, W]; names: Q rows of 1 + K words.
+    """
+    count, nearest = near.shape[:2]
+    figure = Figure(figsize=(1.1 * (nearest + 1), (1.3 if names else 1.1) * count + 0.4), layout="constrained")
+    axes = figure.subplots(count, nearest + 1, squeeze=False)
+    for n in range(count):
+        for k, (axis, image) in enumerate(zip(axes[n], [queries[n], *near[n]])):
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            if names:
+                right = k > 0 and names[n][k] == names[n][0]
+                axis.set_xlabel(names[n][k][:14], fontsize=8, color=SIM if right or k == 0 else BSIM)
+            if n == 0 and k < 2:
+                axis.set_title(("held out", "nearest")[k], fontsize=9)
+    write(path, lambda file: figure.savefig(file, format="png", dpi=110))

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ import data
 import flags
 from bsim import ViewRecipe
 from flags import Given, UserError, defaults_of, first_line, flags_of, interval
+from loading import channels
 from loading.pixels import text
 from methods.networks import SMALL_STEM
 from methods.networks import backbone as build_backbone
@@ -25,6 +27,7 @@ from training.weights import Backbone, load_backbone
 
 LOOP = ("optimizer", "lr", "weight_decay", "warmup_epochs")  # of a method's defaults, those its network does not take
 HEADS = ("temperature", "momentum", "queue", "hidden_dim", "embedding_dim", "predictor_dim")
+VIEWS = "brightness contrast saturation hue jitter grayscale blur solarize vertical_flip rotate90".split()
 ON_RESUME = [field.name for field in flags_of(Pretraining) if field.metadata["on_resume"]]
 
 
@@ -37,6 +40,7 @@ class Began(NamedTuple):
     way: data.Way  # how it is read
     given: dict[str, Any]  # the flags that the run was started with
     normal: dict[str, Any] | None  # what was asked of mean and std
+    held_out: bool  # whether images without labels were
     shapes: dict[str, torch.Size] | None  # of its backbone's weights, where it has a checkpoint
 
 
@@ -51,6 +55,16 @@ class Run(Pretraining):
     flip: float
     mean: str  # three numbers
     std: str
+    brightness: str
+    contrast: str
+    saturation: str
+    hue: str
+    jitter: str
+    grayscale: str
+    blur: str
+    solarize: str
+    vertical_flip: str
+    rotate90: str
     steps: int
     batch_size: int
     mixed_precision: str
@@ -64,6 +78,7 @@ class Run(Pretraining):
     given: dict[str, Any]  # the flags that were typed
     normal: dict[str, str | None]  # what was asked of mean and std
     images: int | None  # to train on; None for a stream
+    held_out: bool  # whether images without labels are measured in the place of trained on
     fingerprint: str | None  # of the relative names and sizes of local data
     small_images: bool  # whether images are decoded once and made image_shape; the others when they are asked for
     image_shape: tuple[int, int] | None
@@ -85,10 +100,12 @@ class Run(Pretraining):
 def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Began | None]:
     """The settings, checked as far as they can be without the data; of a resumed run its folder and data too."""
     init = Path(asked.init).expanduser() if asked.init else None
+    views: dict[str, Any] = {name: _both(getattr(asked, name)) for name in VIEWS}
     asked = dataclasses.replace(
         asked,
         dataset=data.absolute(asked.dataset),
         pixel_range=text(asked.pixel_range),
+        **views,
         init=os.path.abspath(init) if init and init.exists() else asked.init,
     )
     if not asked.resume:
@@ -127,6 +144,7 @@ def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Be
         data.way_of(config),
         config.get("given", {}),
         config.get("normal"),
+        config.get("held_out", False),
         run_folder.backbone_shapes(folder),
     )
     return Pretraining(**merged), folder, began
@@ -170,7 +188,8 @@ def resolve(
     own = {k: v if (said := getattr(asked, k, None)) is None else said for k, v in published.items()}
     loop = {name: own.pop(name) for name in LOOP}
     warmup = round(loop["warmup_epochs"] * each) if each else steps // 10 * (loop["warmup_epochs"] > 0)
-    crop = _crop(asked, method_file, size)
+    recipes = method_file.views(size)
+    crop = data.DIGITS if asked.dataset == "digits" else {"min_crop": recipes[0].scale[0], "flip": recipes[0].flip}
     normal, lines = _normal(asked, source, loaded)
     filled = dict(
         pixel_range=text(source.way.pixel_range),
@@ -179,6 +198,7 @@ def resolve(
         image_size=size,
         min_crop=crop["min_crop"] if asked.min_crop is None else asked.min_crop,
         flip=crop["flip"] if asked.flip is None else asked.flip,
+        **{k: getattr(asked, k) or _both([getattr(recipe, k) for recipe in recipes]) for k in VIEWS},
         **normal,
         epochs=epochs,
         steps=steps,
@@ -194,6 +214,7 @@ def resolve(
         given=(began.given if began else {}) | typed,
         normal=(began.normal if began else None) or {"mean": asked.mean, "std": asked.std},
         images=source.images,
+        held_out=source.held_out is not None,
         fingerprint=source.fingerprint,
         small_images=source.way.small,
         image_shape=source.way.shape,
@@ -246,7 +267,7 @@ def _normal(asked: Pretraining, source: data.Source, loaded: Backbone | None) ->
     usual, found, lines = ViewRecipe(), {}, []
     words = {"mean": asked.mean, "std": asked.std}
     if "data" in words.values():
-        measured, count = data.channels_of(source)
+        measured, count = channels.measured(source.train, source.rows, source.side)
         lines.append(
             f"mean {_three(measured['mean'])}, standard deviation {_three(measured['std'])}, measured on {count:,} "
             "images of the training set"
@@ -261,12 +282,17 @@ def _three(values):
     return ", ".join(f"{value:.3f}" for value in values)
 
 
-def _crop(asked, method_file, size):
-    recipe = method_file.views(size)[0]
-    return data.DIGITS if asked.dataset == "digits" else {"min_crop": recipe.scale[0], "flip": recipe.flip}
+def _both(values: Any) -> str | None:
+    """A number for both views, or one for each, as text: 0.1 or 0.1,0.2."""
+    if values is None:
+        return None
+    return ",".join(f"{value:g}" for value in dict.fromkeys(flags.one_or_two(values) or ()))
 
 
-def view_recipes(s: Run, method_file: ModuleType) -> tuple[ViewRecipe, ...]:
-    """The method's two view recipes, with the crop and the flip of this run."""
-    recipes, mean, std = method_file.views(s.image_size), flags.channels(s.mean), flags.channels(s.std)
-    return tuple(recipe._replace(scale=(s.min_crop, 1.0), flip=s.flip, mean=mean, std=std) for recipe in recipes)
+def view_recipes(config: Mapping[str, Any], recipes: tuple[ViewRecipe, ...]) -> tuple[ViewRecipe, ...]:
+    """The method's view recipes with what the settings of a run say; a run of before has not all of them."""
+    said = {k: flags.one_or_two(config[k]) or () for k in VIEWS if config.get(k) is not None}
+    normal: dict[str, Any] = {k: flags.channels(config[k]) for k in ("mean", "std") if config.get(k) is not None}
+    normal |= {"scale": (config["min_crop"], 1.0), "flip": config["flip"]}
+    each: Iterator[Any] = ({k: values[i % len(values)] for k, values in said.items()} for i in range(len(recipes)))
+    return tuple(recipe._replace(**normal, **own) for recipe, own in zip(recipes, each))

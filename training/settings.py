@@ -20,10 +20,12 @@ from flags import (
     UserError,
     at_least,
     flag,
+    in_both_views,
     nearest,
 )
 from methods import METHODS
 
+STRENGTH, SHARES = in_both_views("a number from 0 to 10", 10), in_both_views("a share from 0 to 1", 1)
 OPTIMIZERS = ("sgd", "lars", "adamw")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 DRY_RUN = 6  # steps of a dry run, at least: half of them are left out, and one alone says little
@@ -79,16 +81,6 @@ class Pretraining(Settings):
     image_size: int | None = flag(
         None, "default: the size of the images up to 64 pixels, at least 16; else 224", range=at_least(8)
     )
-    min_crop: float | None = flag(
-        None, "smallest share of an image that a view shows; default: the method's", range=SHARE_ABOVE_0
-    )
-    flip: float | None = flag(None, "share of views that are mirrored; default: the method's", range=SHARE)
-    mean: str | None = flag(
-        None,
-        "of the channels: imagenet, data (measured), or R,G,B from 0 to 1; default: imagenet; with --init the weights'",
-        range=CHANNELS,
-    )
-    std: str | None = flag(None, "their standard deviation, likewise", range=CHANNELS_ABOVE_0)
     epochs: int | None = flag(None, "passes over the data; default: 50", range=at_least(1), on_resume=True)
     steps: int | None = flag(None, "optimizer steps, instead of epochs", range=at_least(1), on_resume=True)
     batch_size: int | None = flag(
@@ -101,6 +93,36 @@ class Pretraining(Settings):
         None, "no, fp16 or bf16; default: as `accelerate config` says", choices=PRECISIONS
     )
     compile: bool = flag(False, "use torch.compile")
+
+    min_crop: float | None = flag(
+        None,
+        "smallest share of an image that a view shows",
+        range=SHARE_ABOVE_0,
+        heading="Views. Default: the method's",
+    )
+    flip: float | None = flag(None, "share of views that are mirrored", range=SHARE)
+    brightness: str | None = flag(
+        None,
+        "strength of the change; two values, as in 0.1,0.2, are for views a and b",
+        range=STRENGTH,
+    )
+    contrast: str | None = flag(None, "likewise", range=STRENGTH)
+    saturation: str | None = flag(None, "likewise", range=STRENGTH)
+    hue: str | None = flag(None, "likewise, in turns of the colour circle", range=in_both_views("from 0 to 0.5", 0.5))
+    jitter: str | None = flag(None, "share of views that are changed in these four", range=SHARES)
+    grayscale: str | None = flag(None, "share of views without colour", range=SHARES)
+    blur: str | None = flag(None, "share of views that are blurred", range=SHARES)
+    solarize: str | None = flag(None, "share of views that are solarized", range=SHARES)
+    vertical_flip: str | None = flag(None, "share of views turned upside down", range=SHARES)
+    rotate90: str | None = flag(
+        None, "share of views turned by 90, 180 or 270 degrees (satellites, microscopes)", range=SHARES
+    )
+    mean: str | None = flag(
+        None,
+        "of the channels: imagenet, data (measured), or R,G,B from 0 to 1; default: imagenet; with --init the weights'",
+        range=CHANNELS,
+    )
+    std: str | None = flag(None, "their standard deviation, likewise", range=CHANNELS_ABOVE_0)
 
     optimizer: str | None = flag(
         None, "sgd, lars or adamw", choices=OPTIMIZERS, heading="Default: what the method's paper says"

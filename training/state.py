@@ -26,14 +26,15 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     views: tuple[ViewRecipe, ...]
+    recipes: tuple[ViewRecipe, ...]  # of whole images; `views` are what is left of them where workers crop
     draw_mixture: Callable[..., Mixture]
     start: int = 0
     folder: Path | None = None  # of the run; None in a dry run
     window: dict[str, list] = field(default_factory=dict)  # losses since the last log line
-    baselines: dict[str, Any] = field(default_factory=dict)  # k-NN before training
+    baselines: dict[str, Any] = field(default_factory=dict)  # accuracies before training
     health: dict[str, Any] = field(default_factory=dict)  # what the collapse alarm remembers
     places: list | None = None  # where the readers of a stream stood at the checkpoint
-    knn: float | None = None  # the last one
+    figures: dict[str, Any] = field(default_factory=dict)  # of the last evaluation
     batches: Any = None
     feed: Any = None
     to_device: Callable[[torch.Tensor], torch.Tensor] = lambda images: images

@@ -14,6 +14,7 @@ from torch import nn
 import data
 from eval.knn import knn
 from flags import UserError
+from loading import channels
 from methods import METHODS
 from methods.networks import backbone
 from train import pretrain
@@ -287,7 +288,7 @@ def test_mean_and_deviation_of_the_data(place):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     source = data.open_source("d", label_column="none")
-    found, count = data.channels_of(source._replace(rows=torch.arange(40)))
+    found, count = channels.measured(source.train, torch.arange(40), source.side)
     assert count == 40
     np.testing.assert_allclose(found["mean"], pixels.mean((0, 1, 2)) / 255, atol=1e-5)
     np.testing.assert_allclose(found["std"], pixels.std((0, 1, 2)) / 255, atol=1e-5)
