@@ -787,11 +787,11 @@ def make_view(images: Tensor, recipe: ViewRecipe, *, generator: torch.Generator)
         for part in zip(*(x.chunk(parts) for x in (views, images, *draws))):
             _render(*part, recipe=recipe)
     if recipe.vertical_flip:
-        views = torch.where(_column(uniform() < recipe.vertical_flip, views), views.flip(2), views)
+        views = torch.where(_column(uniform() < recipe.vertical_flip, views) > 0, views.flip(2), views)
     if recipe.rotate90:
         turns = uniform(1, 4).long() * (uniform() < recipe.rotate90)
         for quarter in (1, 2, 3):
-            views = torch.where(_column(turns == quarter, views), views.rot90(quarter, (2, 3)), views)
+            views = torch.where(_column(turns == quarter, views) > 0, views.rot90(quarter, (2, 3)), views)
     return views
 
 

@@ -20,7 +20,7 @@ from loading.batches import VIEW, Batches, Feed, StreamBatches, generator, place
 from loading.images import after_crop
 from methods import METHODS
 from methods.networks import Losses, average_statistics
-from training import dry_run, guards, left_out, pictures
+from training import dry_run, guards, left_out, pictures, trackers
 from training import folder as run_folder
 from training.devices import mover, open_accelerator
 from training.optimize import learning_rate, optimizer_of
@@ -188,9 +188,7 @@ def open_folder(t: Training, folder: Path | None, peers: Peers) -> None:
             run_folder.write_json(folder / "config.json", config)
     t.folder = peers.folder = Path(broadcast_object_list([str(folder)])[0])
     if t.s.log_with:
-        t.accelerator.project_configuration.logging_dir = str(t.folder)
-        plain = {k: v for k, v in t.s.config().items() if isinstance(v, (int, float, str, bool))}
-        t.accelerator.init_trackers("bsim", plain)
+        trackers.begin(t)
 
 
 def describe(t: Training) -> None:
@@ -316,6 +314,7 @@ def show(t: Training, sources: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m
         sources = t.source.train.whole(t.batches.rows(0)[:8], t.s.image_size)[0]
     assert t.folder is not None
     pictures.draw_views(t.folder / "views.png", sources, a, b, mixture, t.views)
+    trackers.log_picture(t, "views.png", 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,7 +343,8 @@ def log(t: Training, losses: Losses, done: int, clock: Clock, evaluates: bool, b
     if t.accelerator.is_main_process:
         assert t.folder is not None
         run_folder.append_metrics(t.folder, line)
-    t.accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=done)
+    if t.s.log_with:
+        trackers.log(t, {k: v for k, v in line.items() if k != "step" and v is not None}, done)
     shown = {"loss": f"{line['loss']:.3f}", "img/s": f"{line['images_per_second']:.0f}"}
     for name, mark in (("five_labels", "%"), ("knn", "%"), ("effective_rank", "")):
         shown |= {name: f"{t.figures[name]:.1f}{mark}"} if t.figures.get(name) is not None else {}
@@ -385,5 +385,7 @@ def leave(t: Training) -> None:
         pictures.draw_curves(t.folder)
         if near is not None:
             pictures.draw_neighbours(t.folder / "neighbours.png", *near)
+        for name in ("neighbours.png", "curves.png"):
+            trackers.log_picture(t, name, t.s.steps)
     t.accelerator.end_training()
     t.accelerator.print(summary(t, bad, clipped))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -124,7 +125,12 @@ def test_knn_of_a_run_is_the_one_it_ended_with(run, capsys):
     line = last_line(run)
     assert line["protocol"] == "knn" and line["dataset"] == "digits" and line["metrics"] == metrics
     assert line["settings"]["k"] == 16 and line["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert f"| knn | {metrics['top1']:.2f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(rf"\| top1 +\| {metrics['top1']:.2f}", said)
+    assert said.index("one_label ") < said.index("five_labels ") < said.index("top1 ")  # few labels first
+    evaluated = [x for x in run_folder.read_metrics(run) if "knn" in x][-1]
+    for name in ("one_label", "five_labels"):
+        assert metrics[name] == pytest.approx(evaluated[name], abs=0.3)  # the same draws
 
 
 def test_a_checkpoint_a_file_and_a_name_are_backbones_too(run, place):
