@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flags import UserError, first_line
-from methods import METHODS
+from methods import METHODS, defaults_of
 from training import folder as run_folder
 from training import state_dicts
 from training.resolve import LOOP
@@ -28,7 +28,8 @@ def load_method(loaded: Backbone) -> Any:
     try:
         method_file = METHODS[config["method"]]
         scale = {"image_size": config["image_size"], "width": loaded.network.num_features}
-        published = method_file.defaults(**scale, steps=config["steps"], images=config["images"])
+        scale |= {"steps": config["steps"], "images": config["images"]}
+        published = defaults_of(method_file, loaded.network, **scale)
         heads = {k: config[k] for k in published if k not in LOOP}
     except KeyError as error:
         raise UserError(f"--run {loaded.folder}: its config.json is damaged (it has no {first_line(error)})") from error

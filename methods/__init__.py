@@ -1,7 +1,8 @@
 """The table of methods: one file and one row each. A method's file has
 
 defaults(image_size, width, steps, images) -> dict    every setting with its value, for these images, this
-                                                      backbone's width, and a run of so many steps and images
+                                                      backbone's width, and a run of so many steps and images; where
+                                                      it also takes `network`, that is the backbone itself
 views(image_size) -> (ViewRecipe, ViewRecipe)         how the two views a and b are drawn
 Method(backbone, **head settings)                     an nn.Module, called as method(a, b, mixture, sim) -> Losses;
                                                       `both_views`: whether the mixture stacks a and b as channels;
@@ -13,9 +14,26 @@ and may have
 sample_mixture(views, *, kind, alpha, per_sample, generator) -> Mixture    in place of the core's
 """
 
+import inspect
+from types import ModuleType
+from typing import Any
+
 import methods.byol
 import methods.moco
+import methods.mocov3
 import methods.simclr
 import methods.simsiam
 
-METHODS = {"simclr": methods.simclr, "moco": methods.moco, "byol": methods.byol, "simsiam": methods.simsiam}
+METHODS = {
+    "simclr": methods.simclr,
+    "moco": methods.moco,
+    "mocov3": methods.mocov3,
+    "byol": methods.byol,
+    "simsiam": methods.simsiam,
+}
+
+
+def defaults_of(method_file: ModuleType, network: Any, **scale: Any) -> dict[str, Any]:
+    """The defaults of a method for this backbone."""
+    wanted = "network" in inspect.signature(method_file.defaults).parameters
+    return method_file.defaults(**scale, **({"network": network} if wanted else {}))

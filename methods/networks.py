@@ -25,7 +25,8 @@ def backbone(name: str, image_size: int, weights: Mapping[str, torch.Size] | Non
 
     Any timm model without its classifier, randomly initialised, or "resnet_tiny": 0.7 million parameters, for CPUs.
     For images of 64 pixels or fewer a ResNet's stem is one 3x3 convolution and no max-pool (SimCLR, appendix B.9).
-    weights: the shapes, by name, of weights that it is to take; it is then made with their stem.
+    There a ViT's patches have an eighth of the side, 4 pixels at 32. weights: the shapes, by name, of weights that it
+    is to take; it is then made with their stem, or their patches. Raises ValueError where its patches leave pixels out.
     """
     import timm  # seconds, which --help need not wait for
     from timm.models.resnet import BasicBlock, ResNet
@@ -36,16 +37,39 @@ def backbone(name: str, image_size: int, weights: Mapping[str, torch.Size] | Non
         shape: dict[str, Any] = dict(layers=(1, 1, 1, 1), channels=(24, 48, 96, 192), zero_init_last=False)
         block: Any = BasicBlock  # timm's annotation asks for an instance
         return _small_stem(ResNet(block, **shape, num_classes=0), stride=2)
+    patch = _patch(name, image_size, weights)
+    sized: dict[str, Any] = {"img_size": image_size} | ({"patch_size": patch} if patch else {})
     try:
-        network = timm.create_model(name, num_classes=0, img_size=image_size)  # transformers must know the size
+        network = timm.create_model(name, num_classes=0, **sized)  # transformers must know the size
     except TypeError:
         network = timm.create_model(name, num_classes=0)
+    embedding: Any = getattr(network, "patch_embed", None)
+    side = getattr(embedding, "patch_size", (1, 1))
+    side = side[0] if isinstance(side, tuple) else side
+    if image_size % side and not getattr(
+        embedding, "dynamic_img_pad", False
+    ):  # timm would leave out the last pixels without a word
+        below = image_size // side * side
+        raise ValueError(f"its patches have {side} pixels, so want {below or side} or {below + side}")
     # The width of what comes out, which for some (mobilenetv3) is not that of the last convolution.
     network.num_features = getattr(network, "head_hidden_size", None) or network.num_features
     small = image_size <= SMALL_STEM
     if weights is not None:
         small = tuple(weights.get("conv1.weight", ())[1:]) == (3, 3, 3)
     return _small_stem(network) if small and isinstance(network, ResNet) else network
+
+
+def _patch(name: str, image_size: int, weights: Mapping[str, torch.Size] | None) -> int | None:
+    """The side of a ViT's patches where it is not the model's own."""
+    from timm.models import is_model_in_modules
+
+    if not is_model_in_modules(name, {"vision_transformer", "deit"}):
+        return None
+    if weights is not None:
+        shape = tuple(weights.get("patch_embed.proj.weight", ()))
+        return shape[-1] if len(shape) == 4 else None
+    whole = [side for side in range(1, image_size + 1) if image_size % side == 0]
+    return min(whole, key=lambda side: abs(side - image_size / 8)) if image_size <= SMALL_STEM else None
 
 
 def _small_stem(network, stride=1):

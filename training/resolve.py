@@ -18,6 +18,7 @@ from bsim import ViewRecipe
 from flags import Given, UserError, defaults_of, first_line, flags_of, interval
 from loading import channels
 from loading.pixels import text
+from methods import defaults_of as method_defaults
 from methods.networks import SMALL_STEM
 from methods.networks import backbone as build_backbone
 from training import folder as run_folder
@@ -181,7 +182,7 @@ def resolve(
 
     network, backbone, loaded = _network(asked, size, device, began)
     scale = {"image_size": size, "width": network.num_features, "steps": steps, "images": source.images}
-    published = method_file.defaults(**scale)
+    published = method_defaults(method_file, network, **scale)
     for name in LOOP + HEADS:
         if name not in published and getattr(asked, name) is not None:
             raise UserError(f"--{name}: {asked.method} has none")

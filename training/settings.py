@@ -36,7 +36,7 @@ class Pretraining(Settings):
     """Pretrain a backbone with SIM, BSIM or both. Leaves a run folder. Defaults stand in parentheses; a flag without
     one takes the default of the method's paper (methods/*.py) or the one that its line names."""
 
-    method: str = flag("byol", "simclr, moco, byol or simsiam", choices=METHODS, heading="What is learned")
+    method: str = flag("byol", "simclr, moco, mocov3, byol or simsiam", choices=METHODS, heading="What is learned")
     recipe: str | None = flag(
         None, "a YAML file of flags, as in recipes/; flags on the command line win", on_resume=True
     )
@@ -138,8 +138,8 @@ class Pretraining(Settings):
         "GPU's own. On CPUs sync means local",
         choices=("sync", "shuffle", "local"),
     )
-    temperature: float | None = flag(None, "simclr, moco", range=ABOVE_0)
-    momentum: float | None = flag(None, "moco, byol: of the momentum encoder", range=SHARE)
+    temperature: float | None = flag(None, "simclr, moco, mocov3", range=ABOVE_0)
+    momentum: float | None = flag(None, "moco, mocov3, byol: of the momentum encoder", range=SHARE)
     queue: int | None = flag(None, "moco: length of the queue of keys", range=at_least(1))
     hidden_dim: int | None = flag(None, "width of the hidden layers of the heads", range=at_least(1))
     embedding_dim: int | None = flag(None, "width of the embedding", range=at_least(1))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bsim import Mixture, info_nce, negative_cosine, nt_xent, sample_mixture
-from methods import METHODS
+from methods import METHODS, defaults_of
 from methods.networks import backbone, cosine, mlp, moving_average
 from training.resolve import LOOP
 
@@ -73,6 +73,7 @@ def test_mixtures_of_share_one_give_the_plain_loss(name):
         ("moco", (1, 1), (1, 1), (2, 1)),
         ("byol", (2, 2), (2, 2), (4, 2)),
         ("simsiam", (2, 0), (2, 2), (4, 0)),
+        ("mocov3", (2, 2), (2, 2), (4, 2)),
     ],
 )
 def test_encoder_passes(name, plain, pure, both):
@@ -265,3 +266,76 @@ def test_compiles_without_a_graph_break(name, monkeypatch):
         found.append([losses.sim, losses.bsim, *(p.grad for p in method.parameters() if p.grad is not None)])
     for one, other in zip(*found):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_mocov3_is_the_papers_loss_of_each_mixture():
+    """By loops over the candidates: the keys of the other view; a mixture is similar to two of them by its share."""
+    method = build("mocov3").eval()
+    a, b, mixture = batch(method)
+    t = method.temperature
+
+    def query(x):
+        return F.normalize(method.predictor(method.projector(method.backbone(x))), dim=1)
+
+    def wanted(queries, keys, weight, partner):
+        total = 0.0
+        for n in range(N):
+            scores = [float(queries[n] @ key) / t for key in keys]
+            log_sum = math.log(sum(math.exp(score) for score in scores))
+            for share, key in ((float(weight[n]), n), (1 - float(weight[n]), int(partner[n]))):
+                total += share * (log_sum - scores[key]) / N
+        return 2 * t * total
+
+    with torch.no_grad():
+        method.key_encoder[0].layer.weight.mul_(1.5)
+        k_a, k_b = (F.normalize(method.key_encoder(x), dim=1) for x in (a, b))
+        m_a, m_b = mixture.images.chunk(2, 1)
+        pairing = mixture.weight, mixture.partner
+        bsim = wanted(query(m_a), k_b, *pairing) + wanted(query(m_b), k_a, *pairing)
+        whole = torch.ones(N), mixture.partner
+        sim = wanted(query(a), k_b, *whole) + wanted(query(b), k_a, *whole)
+        found = method(a, b, mixture)
+    assert float(found.bsim) == pytest.approx(bsim, rel=1e-5) and float(found.sim) == pytest.approx(sim, rel=1e-5)
+
+
+def test_mocov3_fixes_the_patches_of_a_vit_and_takes_the_papers_values():
+    torch.manual_seed(0)
+    network = backbone("test_vit", 160)
+    published = defaults_of(METHODS["mocov3"], network, image_size=224, width=384, steps=100_000, images=1_281_167)
+    wanted = dict(optimizer="adamw", lr=1.5e-4, weight_decay=0.1, warmup_epochs=40.0, temperature=0.2, momentum=0.99)
+    assert {k: published[k] for k in wanted} == wanted
+    of_resnet = defaults_of(METHODS["mocov3"], None, image_size=224, width=2048, steps=100_000, images=1_281_167)
+    assert (of_resnet["optimizer"], of_resnet["temperature"]) == ("lars", 1.0)
+    heads = {k: v for k, v in published.items() if k not in LOOP} | {"hidden_dim": 32}
+    method = METHODS["mocov3"].Method(network, **heads)
+    assert not network.patch_embed.proj.weight.requires_grad and network.pos_embed.requires_grad
+    images = torch.randn(2, 4, 3, 160, 160)
+    method(*images).sim.backward()
+    assert network.patch_embed.proj.weight.grad is None and network.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
+    linear = (
+        [m for m in method.projector if isinstance(m, nn.Linear)],
+        [m for m in method.predictor if isinstance(m, nn.Linear)],
+    )
+    assert [len(x) for x in linear] == [3, 2]  # section 3
+    assert not method.projector[-1].affine and not method.predictor[-1].affine
+
+
+@pytest.mark.parametrize(
+    "name, size, patch",
+    [("test_vit", 32, 4), ("test_vit", 64, 8), ("test_vit", 28, 4), ("test_vit", 160, 16), ("resnet18", 32, None)],
+)
+def test_a_vit_of_small_images_has_small_patches(name, size, patch):
+    network = backbone(name, size)
+    found = network.patch_embed.proj.kernel_size[0] if patch else None
+    assert found == patch
+    if size % 16:
+        return
+    again = backbone(name, size, {k: v.shape for k, v in backbone(name, 160).state_dict().items()})
+    assert again.state_dict().keys() == network.state_dict().keys()
+    if patch:  # weights keep their own
+        assert again.patch_embed.proj.kernel_size == (16, 16)
+
+
+def test_patches_that_leave_pixels_out_are_refused():
+    with pytest.raises(ValueError, match="its patches have 16 pixels, so want 96 or 112"):
+        backbone("test_vit", 100)
