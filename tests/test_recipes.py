@@ -28,6 +28,7 @@ PUBLISHED = {
     "imagenet-moco": (200, 256, "sgd", 0.03, 1e-4, 0, 0.2, 0.999, 65536),
     "imagenet-byol": (300, 4096, "lars", 4.8, 1e-6, 10, None, 0.99, None),
     "imagenet-simsiam": (100, 512, "sgd", 0.1, 1e-4, 0, None, None, None),
+    "imagenet-mocov3": (300, 4096, "adamw", 0.0024, 0.1, 40, 0.2, 0.99, None),
     "cifar10-simclr": (1000, 512, "lars", 2.0, 1e-6, 10, 0.5, None, None),
     "cifar10-moco": (200, 512, "sgd", 0.06, 5e-4, 0, 0.1, 0.99, 4096),
     "cifar10-byol": (800, 256, "sgd", 0.2, 5e-4, 1, None, 0.996, None),
@@ -38,16 +39,17 @@ HEADS = {  # hidden_dim, embedding_dim, predictor_dim
     "imagenet-moco": (2048, 128, None),
     "imagenet-byol": (4096, 256, None),
     "imagenet-simsiam": (2048, 2048, 512),
+    "imagenet-mocov3": (4096, 256, None),
     "cifar10-simsiam": (2048, 2048, 512),
 }
 # of an image: views with gradient of the plain method, and those that BSIM adds; views without
-PASSES = {"simclr": (2, 1, 0), "moco": (1, 1, 1), "byol": (2, 2, 2), "simsiam": (2, 2, 0)}
+PASSES = {"simclr": (2, 1, 0), "moco": (1, 1, 1), "byol": (2, 2, 2), "simsiam": (2, 2, 0), "mocov3": (2, 2, 2)}
 TEXTS = {name: (RECIPES / f"{name}.yaml").read_text() for name in FILES}
 
 
 def test_there_is_one_for_each_method_and_each_dataset():
     assert sorted(PUBLISHED) == FILES
-    assert sorted(path.suffix for path in RECIPES.iterdir()) == [".md"] + 8 * [".yaml"]
+    assert sorted(path.suffix for path in RECIPES.iterdir()) == [".md"] + 9 * [".yaml"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -59,7 +61,8 @@ def test_it_holds_the_published_numbers(name):
     assert found == pytest.approx(PUBLISHED[name])
     if name in HEADS:
         assert tuple(map(s.get, ("hidden_dim", "embedding_dim", "predictor_dim"))) == HEADS[name]
-    assert (s["backbone"], s["image_size"]) == (("resnet50", 224) if data == "imagenet" else ("resnet18", 32))
+    large = ("vit_small_patch16_224" if method == "mocov3" else "resnet50", 224)
+    assert (s["backbone"], s["image_size"]) == (large if data == "imagenet" else ("resnet18", 32))
     if data == "imagenet":
         assert s["batch_norm"] == ("shuffle" if method == "moco" else "sync")
     assert (s["method"], s["sim_weight"], s["mix"], s["alpha"]) == (method, 0.5, "cutmix", 1.0)
@@ -90,6 +93,9 @@ def test_its_head_says_hardware_cost_and_accuracy(name):
     assert re.search(r"# Accuracy(, published|: no published figure at hand)", head)
     large, (plain, added, free) = name.startswith("imagenet"), PASSES[s["method"]]
     gpus, second = (8, 16_621) if large else (1, 4.79 * 512 * 4 / 3)
+    second *= 4.11 / 4.61 if s["method"] == "mocov3" else 1
+    mebibytes = {"resnet50": 41.8, "vit_small_patch16_224": 41.7, "resnet18": 2.25}[s["backbone"]]
+    each = (16 if large else 12) + 4 * (s["optimizer"] == "adamw")
     heads = {k: s[k] for k in s if k.endswith("_dim") or k in ("temperature", "momentum", "queue")}
     model = METHODS[s["method"]].Method(backbone(s["backbone"], s["image_size"]), **heads)
     trained, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad == grad) for grad in (True, False))
@@ -100,8 +106,8 @@ def test_its_head_says_hardware_cost_and_accuracy(name):
     for at, (both, parts) in enumerate(((1, s.get("accumulate", 1)), (0, 1))):
         views = plain + both * added
         hours = (1_281_167 if large else 50_000) * s["epochs"] * (views + free / 3) / second / 3600
-        memory = s["batch_size"] / gpus / parts * views * (41.8 if large else 2.25) / 1024
-        memory += ((16 if large else 12) * trained + 4 * frozen) / 2**30
+        memory = s["batch_size"] / gpus / parts * views * mebibytes / 1024
+        memory += (each * trained + 4 * frozen) / 2**30
         assert float(said[at][0]) == pytest.approx(hours, abs=0.06)
         assert float(said[at][1]) == pytest.approx(hours * gpus, abs=0.6 if large else 0.06)
         assert float(said[at][2]) == pytest.approx(memory, abs=0.06)
@@ -126,7 +132,7 @@ def test_it_comes_to_a_run(name, sim_weight, monkeypatch):
     images, side, world = (1_281_167, 500, 8) if name.startswith("imagenet") else (50_000, 32, 1)
     typed = {"recipe": str(RECIPES / f"{name}.yaml")} | ({} if sim_weight is None else {"sim_weight": sim_weight})
     asked, given = flags.read(Pretraining, typed)
-    source = SimpleNamespace(images=images, side=side, fingerprint=None, way=data.OPEN)
+    source = SimpleNamespace(images=images, side=side, fingerprint=None, way=data.OPEN, held_out=None)
     hardware = dict(device="cuda", world=world, mixed_precision="bf16")
     s, *_ = resolve.resolve(asked, given, source, METHODS[asked.method], **hardware)
     kept = {**s.config()}
@@ -143,7 +149,7 @@ def test_its_first_steps_run(name, place, capsys):
     """On tiny data and a small network, with what a CPU is too slow for lowered; the rest is the recipe's."""
     table(40, size=(32, 32)).to_parquet("rows.parquet")
     small = dict(dataset="rows.parquet", backbone="resnet_tiny", image_size=16, batch_size=8, accumulate=1, epochs=2)
-    small |= {"queue": 16} if "moco" in name else {}
+    small |= {"queue": 16} if name.endswith("moco") else {}
     heads = {k: 32 for k in ("hidden_dim", "embedding_dim", "predictor_dim") if f"\n{k}:" in TEXTS[name]}
     assert pretrain(recipe=str(RECIPES / f"{name}.yaml"), **small, **heads, dry_run=6) is None
     assert [path.name for path in place.iterdir()] == ["rows.parquet"]

@@ -211,6 +211,8 @@ def test_imagenet_defaults_are_the_published_ones(name):
                      queue=65536, hidden_dim=2048, embedding_dim=128),
         "byol": dict(optimizer="lars", lr=0.2, weight_decay=1.5e-6, warmup_epochs=10, momentum=0.996, hidden_dim=4096,
                      embedding_dim=256),
+        "mocov3": dict(optimizer="lars", lr=0.3, weight_decay=1e-6, warmup_epochs=10, temperature=1.0, momentum=0.99,
+                       hidden_dim=4096, embedding_dim=256),
         "simsiam": dict(optimizer="sgd", lr=0.05, weight_decay=1e-4, warmup_epochs=0, hidden_dim=2048,
                         embedding_dim=2048, predictor_dim=512),
     }  # fmt: skip
