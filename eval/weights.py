@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from flags import UserError, first_line
-from methods import METHODS, defaults_of
+from methods import METHODS
 from training import folder as run_folder
 from training import state_dicts
-from training.resolve import LOOP
+from training.resolve import LOOP, method_defaults
 from training.weights import Backbone
 
 
@@ -29,7 +29,7 @@ def load_method(loaded: Backbone) -> Any:
         method_file = METHODS[config["method"]]
         scale = {"image_size": config["image_size"], "width": loaded.network.num_features}
         scale |= {"steps": config["steps"], "images": config["images"]}
-        published = defaults_of(method_file, loaded.network, **scale)
+        published = method_defaults(method_file, loaded.network, **scale)
         heads = {k: config[k] for k in published if k not in LOOP}
     except KeyError as error:
         raise UserError(f"--run {loaded.folder}: its config.json is damaged (it has no {first_line(error)})") from error

@@ -14,10 +14,6 @@ and may have
 sample_mixture(views, *, kind, alpha, per_sample, generator) -> Mixture    in place of the core's
 """
 
-import inspect
-from types import ModuleType
-from typing import Any
-
 import methods.byol
 import methods.moco
 import methods.mocov3
@@ -31,9 +27,3 @@ METHODS = {
     "byol": methods.byol,
     "simsiam": methods.simsiam,
 }
-
-
-def defaults_of(method_file: ModuleType, network: Any, **scale: Any) -> dict[str, Any]:
-    """The defaults of a method for this backbone."""
-    wanted = "network" in inspect.signature(method_file.defaults).parameters
-    return method_file.defaults(**scale, **({"network": network} if wanted else {}))

@@ -29,7 +29,7 @@ def test_a_misspelled_flag_ends_the_command_before_anything_runs(place):
 def test_a_wrong_value_ends_the_command_before_anything_runs(place):
     done = command("--method", "byole", cwd=place)
     assert done.returncode == 2
-    wanted = "bsim.py: --method byole: want simclr, moco, byol, simsiam; did you mean byol?"
+    wanted = "bsim.py: --method byole: want simclr, moco, mocov3, byol, simsiam; did you mean byol?"
     assert done.stderr.splitlines() == [wanted] and list(place.iterdir()) == []
 
 
@@ -41,7 +41,7 @@ def test_help_fits_two_screens_and_shows_every_flag(place):
         assert sum(line.startswith(f"  --{name} ") for line in lines) == 1, name
     groups = [line for line in lines if line and not line.startswith(" ")]
     assert {"What is learned", "Data", "Network and schedule", "The run"} <= set(groups)
-    assert "  --method            simclr, moco, byol or simsiam (byol)" in lines
+    assert "  --method            simclr, moco, mocov3, byol or simsiam (byol)" in lines
     assert any(line.startswith("  --sim_weight ") and line.endswith("(0.0)") for line in lines)
     assert any(line.startswith("  --seed ") and line.endswith("(0)") for line in lines)
 
@@ -156,5 +156,5 @@ def test_a_wrong_recipe_ends_like_a_wrong_flag(place, text, message):
 def test_a_recipe_is_read_before_anything_runs(place):
     Path("mine.yaml").write_text("method: byole\n")
     done = command("--recipe", "mine.yaml", cwd=place)
-    wanted = "bsim.py: --recipe mine.yaml: method byole: want simclr, moco, byol, simsiam; did you mean byol?"
+    wanted = "bsim.py: --recipe mine.yaml: method byole: want simclr, moco, mocov3, byol, simsiam; did you mean byol?"
     assert done.returncode == 2 and done.stderr.splitlines() == [wanted]

@@ -135,7 +135,8 @@ def test_a_method_is_one_file_and_one_row(place):
     (copy / "methods" / "spread.py").write_text(block)
     table = (copy / "methods" / "__init__.py").read_text()
     line, entry = re.search(r"the line `(.+?)` and the entry\n`(.+?)`", NEW_METHOD).groups()
-    table = table.replace("import methods.simsiam\n", f"import methods.simsiam\n{line}\n").replace("}", f", {entry}}}")
+    table = table.replace("import methods.simsiam\n", f"import methods.simsiam\n{line}\n")
+    table = table.replace("METHODS = {", f"METHODS = {{\n    {entry},")
     (copy / "methods" / "__init__.py").write_text(table)
 
     def run(*words):
@@ -156,12 +157,12 @@ def test_a_method_is_one_file_and_one_row(place):
     assert metrics["embedding_uniformity"] < -1
 
 
-EVALUATIONS = ("knn", "linear", "semi", "voc07", "detect", "geometry", "compare", "export")
+EVALUATIONS = ("knn", "linear", "semi", "voc07", "detect", "geometry", "compare", "embed", "export")
 
 
 def test_every_flag_it_names_exists():
     launchers = {"--multi_gpu", "--num_processes", "--num_cpu_threads_per_process", "--nproc-per-node", "--help"}
-    launchers |= {"--config_file", "--machine_rank", "--main_process_ip"}
+    launchers |= {"--logdir", "--config_file", "--machine_rank", "--main_process_ip"}
     scripts = "".join(path.read_text() for path in (Path(__file__).parent.parent / "benchmarks").glob("*.py"))
     elsewhere = launchers | set(re.findall(r'add_argument\(\s*"(--[a-z_]+)"', scripts))
     known = set(kinds_of(pretrain.settings))
@@ -175,7 +176,7 @@ def test_every_flag_it_names_exists():
 def test_it_names_every_evaluation():
     files = {path.stem for path in (Path(__file__).parent.parent / "eval").glob("*.py")}
     shared = {"__init__", "settings", "weights", "features", "results", "command", "supervised"}
-    shared |= {"boxes", "detector", "voc", "coco", "hub_boxes"}
+    shared |= {"learning", "boxes", "detector", "voc", "coco", "hub_boxes"}
     assert files - shared == set(EVALUATIONS)
     assert all(f"| `eval.{name}` |" in PAGES[ROOT / "docs" / "evaluate.md"] for name in EVALUATIONS)
 

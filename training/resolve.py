@@ -1,6 +1,7 @@
 """From what a user asked for to the settings of a run: what was left open is filled in, a resumed run keeps its own."""
 
 import dataclasses
+import inspect
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,6 @@ from bsim import ViewRecipe
 from flags import Given, UserError, defaults_of, first_line, flags_of, interval
 from loading import channels
 from loading.pixels import text
-from methods import defaults_of as method_defaults
 from methods.networks import SMALL_STEM
 from methods.networks import backbone as build_backbone
 from training import folder as run_folder
@@ -224,6 +224,13 @@ def resolve(
         warmup_steps=min(steps - 1, warmup),
     )
     return Run(**{**vars(asked), **filled, **derived}), network, [*([loaded.found] if loaded else []), *lines]
+
+
+def method_defaults(method_file: ModuleType, network: Any, **scale: Any) -> dict[str, Any]:
+    """The defaults of a method; one that asks for it is shown the backbone, as MoCo v3's differ for a transformer."""
+    if "network" in inspect.signature(method_file.defaults).parameters:
+        scale["network"] = network
+    return method_file.defaults(**scale)
 
 
 def _batch_size(asked, images, world):

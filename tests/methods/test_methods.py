@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bsim import Mixture, info_nce, negative_cosine, nt_xent, sample_mixture
-from methods import METHODS, defaults_of
+from methods import METHODS
 from methods.networks import backbone, cosine, mlp, moving_average
-from training.resolve import LOOP
+from training.resolve import LOOP, method_defaults
 
 N, D = 8, 12
 SCALE = dict(image_size=8, width=D, steps=100, images=64)
@@ -303,10 +303,10 @@ def test_mocov3_is_the_papers_loss_of_each_mixture():
 def test_mocov3_fixes_the_patches_of_a_vit_and_takes_the_papers_values():
     torch.manual_seed(0)
     network = backbone("test_vit", 160)
-    published = defaults_of(METHODS["mocov3"], network, image_size=224, width=384, steps=100_000, images=1_281_167)
+    published = method_defaults(METHODS["mocov3"], network, image_size=224, width=384, steps=100_000, images=1_281_167)
     wanted = dict(optimizer="adamw", lr=1.5e-4, weight_decay=0.1, warmup_epochs=40.0, temperature=0.2, momentum=0.99)
     assert {k: published[k] for k in wanted} == wanted
-    of_resnet = defaults_of(METHODS["mocov3"], None, image_size=224, width=2048, steps=100_000, images=1_281_167)
+    of_resnet = method_defaults(METHODS["mocov3"], None, image_size=224, width=2048, steps=100_000, images=1_281_167)
     assert (of_resnet["optimizer"], of_resnet["temperature"]) == ("lars", 1.0)
     heads = {k: v for k, v in published.items() if k not in LOOP} | {"hidden_dim": 32}
     method = METHODS["mocov3"].Method(network, **heads)
