@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import data
+from eval.compare import results_of
+from eval.export import export
 from eval.knn import knn
 from flags import UserError
 from loading import channels
@@ -300,7 +302,24 @@ def test_momentum_weights_are_the_slow_copys(place, first):
     assert torch.equal(loaded.network.conv1.weight, weights["target.0.conv1.weight"])
     assert not torch.equal(loaded.network.conv1.weight, weights["backbone.conv1.weight"])
     plain = pretrain(method="simclr", backbone="resnet_tiny", out="plain", **dict(OPTIONS, eval_every=0))
-    with pytest.raises(UserError, match="--weights momentum: simclr has none; moco, byol have"):
+    with pytest.raises(UserError, match="--weights momentum: simclr has none; moco, mocov3, byol have"):
         load_backbone(str(plain), weights="momentum")
     with pytest.raises(UserError, match="--weights momentum: is for a run's folder"):
         load_backbone("resnet18", weights="momentum")
+
+
+def test_momentum_weights_are_evaluated_and_exported_under_their_own_name(place, capsys):
+    run = pretrain(method="mocov3", backbone="test_resnet", out="run", **dict(OPTIONS, steps=2, eval_every=0))
+    weights = load_file(run / "checkpoints" / "step_000002" / "method.safetensors")
+    target = export(run="run", weights="momentum")
+    assert target.name == "timm-momentum.safetensors"
+    assert torch.equal(load_file(target)["conv1.weight"], weights["key_encoder.0.conv1.weight"])
+    plain = load_file(export(run="run"))
+    assert torch.equal(plain["conv1.weight"], weights["backbone.conv1.weight"])
+    knn(run="run", weights="momentum")
+    knn(run="run")
+    lines = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    assert [line["settings"]["weights"] for line in lines] == ["momentum", "online"]
+    assert lines[0]["metrics"] != lines[1]["metrics"]
+    (settings, _) = results_of(run)["knn"]  # eval.compare is of the final weights
+    assert settings["weights"] == "online"
