@@ -278,13 +278,14 @@ def train_step(t: Training, step: int) -> Losses:
         draws = generator(s.seed, VIEW, step * s.accumulate + micro, accelerator.process_index)
         a, b = (make_view(t.to_device(images), recipe, generator=draws) for images, recipe in zip(pair, t.views))
         mixture = None
-        if s.sim_weight < 1:
+        mixes = s.sim_weight < 1 and step < s.mix_until * s.steps
+        if mixes:
             views = torch.cat([a, b], 1) if t.method.both_views else a
             mixture = t.draw_mixture(views, kind=s.mix, alpha=s.alpha, per_sample=s.per_sample, generator=draws)
         if step == 0 and micro == 0 and accelerator.is_main_process and t.folder is not None:
             show(t, pair[0], a, b, mixture)
         with accelerator.accumulate(t.model):
-            losses = t.model(a, b, mixture, s.sim_weight > 0)
+            losses = t.model(a, b, mixture, s.sim_weight > 0 or not mixes)
             loss = objective(losses, s.sim_weight)
             accelerator.backward(loss)
             t.optimizer.step()

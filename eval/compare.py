@@ -24,9 +24,11 @@ from training.folder import config_of, write, write_json
 from training.pictures import colour_of, marks
 
 # Of a run's settings and a result's, those that say nothing of what was trained or measured.
-BESIDES = "seed out resume given versions run log_with log_every checkpoint_every eval_every keep workers".split()
+BESIDES = (
+    "seed out resume given normal versions run log_with log_every checkpoint_every eval_every keep workers".split()
+)
 CHOSEN = "C accuracy_by_C costs".split()  # what a protocol chose itself
-MIXTURE = ("mix", "alpha", "per_sample")  # of which a plain run, without a mixture, has none
+MIXTURE = ("mix", "alpha", "per_sample", "mix_until")  # of which a plain run, without a mixture, has none
 FEW = 3  # rows of settings that a refusal lists
 
 
@@ -81,7 +83,9 @@ def refuse_mixed(found: list[dict], by: list[str]) -> None:
         for name in one["results"].keys() & two["results"].keys():
             pairs.append((f"{name}: ", one["results"][name][0], two["results"][name][0]))
         for where, a, b in pairs:
-            differ = [k for k in {**a, **b} if a.get(k) != b.get(k) and k not in (*BESIDES, *by)]
+            # Its default follows sim_weight.
+            beside = [*BESIDES, *by, *(["mix_until"] if a.get("sim_weight") != b.get("sim_weight") else [])]
+            differ = [k for k in {**a, **b} if a.get(k) != b.get(k) and k not in beside]
             if differ:
                 said = "; ".join(f"{where}{k} {a.get(k)} and {b.get(k)}" for k in differ[:FEW])
                 raise UserError(

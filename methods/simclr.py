@@ -36,6 +36,7 @@ def views(image_size):
 class Method(nn.Module):
     both_views = False
     batch_norm = "sync"  # section 2.2, "Global BN"
+    mix_until = 0.75  # ours, of pure BSIM: the last quarter has plain pairs (docs/study.md)
 
     def __init__(self, backbone, *, hidden_dim, embedding_dim, temperature):
         super().__init__()
@@ -44,10 +45,14 @@ class Method(nn.Module):
         self.temperature = temperature
 
     def forward(self, a, b, mixture=None, sim=True):
-        first = ([a] if sim else []) + ([mixture.images] if mixture else [])
+        if mixture and not sim:
+            # Apart, so that clean views have batch statistics of their own: measured to be better (docs/study.md).
+            z_m, z_b = (self.projector(self.backbone(x)) for x in (mixture.images, b))
+            return Losses(None, self.loss(z_m, z_b, mixture.weight, mixture.partner), z_b)
+        first = [a] + ([mixture.images] if mixture else [])
         z = self.projector(self.backbone(torch.cat([*first, b])))  # one pass: z = g(f(x)) of every view
         *firsts, z_b = z.split(len(b))
-        losses = Losses(self.loss(firsts[0], z_b) if sim else None, None, z_b)
+        losses = Losses(self.loss(firsts[0], z_b), None, z_b)
         if mixture:
             losses = losses._replace(bsim=self.loss(firsts[-1], z_b, mixture.weight, mixture.partner))
         return losses

@@ -236,7 +236,7 @@ def test_optimisers_decay_what_they_should(place, optimizer):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(method="byole"), "--method byole: want simclr, moco, byol, simsiam; did you mean byol?"),
+        (dict(method="byole"), "--method byole: want simclr, moco, mocov3, byol, simsiam; did you mean byol?"),
         (dict(dataset="nobody/none"), "--dataset nobody/none: is no file or folder here, and the Hub"),
         (dict(dataset="./nowhere"), "--dataset ./nowhere: no such file or folder"),
         (dict(backbone="resnet51"), "--backbone resnet51: no such timm model; did you mean resnet"),
@@ -400,3 +400,23 @@ def test_splits_of_other_classes_are_not_compared_by_number(place):
     swapped.to_parquet("d/test.parquet")
     with pytest.raises(UserError, match="--eval_split test: has other classes than train"):
         pretrain(dataset="d", backbone="resnet_tiny", batch_size=8, steps=2)
+
+
+@pytest.mark.parametrize("flags, until", [(dict(), 6), (dict(mix_until=0.5), 4), (dict(sim_weight=0.5), 8)])
+def test_the_end_of_a_run_has_plain_pairs(place, flags, until):
+    """By default the last quarter of pure BSIM on SimCLR; what is trained on is then the plain method's loss."""
+    options = dict(method="simclr", backbone="resnet_tiny", image_size=16, batch_size=16, split="train[:40]")
+    options |= dict(eval_every=0, log_every=1, checkpoint_every=2)
+    run = pretrain(out="run", steps=8, **options, **flags)
+    lines = run_folder.read_metrics(run)
+    assert [line["bsim"] is not None for line in lines] == [step < until for step in range(8)]
+    plain = [line for line in lines if line["bsim"] is None]
+    assert all(line["loss"] == line["sim"] for line in plain)
+    assert json.loads((run / "config.json").read_text())["mix_until"] == until / 8
+    with pytest.raises(UserError, match="--mix_until 0.5: the plain method, --sim_weight 1, has no mixtures"):
+        pretrain(out="other", steps=8, mix_until=0.5, sim_weight=1, **options)
+    config = json.loads((run / "config.json").read_text())
+    del config["mix_until"]  # a run of before the flag goes on as it began
+    (run / "config.json").write_text(json.dumps(config))
+    longer = pretrain(resume="run", steps=12)
+    assert all(line["bsim"] is not None for line in run_folder.read_metrics(longer)[8:])

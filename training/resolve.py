@@ -52,6 +52,7 @@ class Run(Pretraining):
     workers: int
     backbone: str
     image_size: int
+    mix_until: float
     min_crop: float
     flip: float
     mean: str  # three numbers
@@ -135,7 +136,7 @@ def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Be
     merged = {k: config.get(k, default) for k, default in defaults.items()}
     merged |= {k: v for k, v in said.items() if k in ON_RESUME}
     merged |= {k: ",".join(map(str, config[k])) for k in ("mean", "std") if config.get(k)}
-    merged["dataset"] = dataset
+    merged |= {"dataset": dataset, "mix_until": config.get("mix_until", 1.0)}
     merged["epochs" if "steps" in said or merged["epochs"] is None else "steps"] = None  # the other one follows from it
     moved = dataset != data.absolute(config["dataset"])
     began = Began(
@@ -194,6 +195,7 @@ def resolve(
     normal, lines = _normal(asked, source, loaded)
     filled = dict(
         pixel_range=text(source.way.pixel_range),
+        mix_until=_mix_until(asked, method_file),
         workers=min(8, max(1, (os.cpu_count() or 1) // world)) if asked.workers is None else asked.workers,
         backbone=backbone,
         image_size=size,
@@ -224,6 +226,13 @@ def resolve(
         warmup_steps=min(steps - 1, warmup),
     )
     return Run(**{**vars(asked), **filled, **derived}), network, [*([loaded.found] if loaded else []), *lines]
+
+
+def _mix_until(asked, method_file):
+    if asked.mix_until not in (None, 1) and asked.sim_weight == 1:
+        raise UserError(f"--mix_until {asked.mix_until:g}: the plain method, --sim_weight 1, has no mixtures")
+    usual = getattr(method_file.Method, "mix_until", 1.0) if asked.sim_weight == 0 else 1.0
+    return usual if asked.mix_until is None else asked.mix_until
 
 
 def method_defaults(method_file: ModuleType, network: Any, **scale: Any) -> dict[str, Any]:

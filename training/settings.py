@@ -45,6 +45,11 @@ class Pretraining(Settings):
     )
     mix: str = flag("cutmix", "cutmix, mixup, or either at random", choices=("cutmix", "mixup", "either"))
     alpha: float = flag(1.0, "shares of a mixture are drawn from Beta(alpha, alpha)", range=ABOVE_0)
+    mix_until: float | None = flag(
+        None,
+        "share of the run with mixtures; then plain pairs. Default: 1, for pure BSIM on simclr 0.75",
+        range=SHARE,
+    )
     per_sample: bool = flag(True, "one share for each image; --noper_sample: one for the batch")
 
     dataset: str = flag(
