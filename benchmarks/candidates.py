@@ -31,37 +31,27 @@ PLAIN_FROM = 0.75  # share of the run after which pairs are plain
 
 
 class Candidate(simclr.Method):
-    apart, plain_end = False, False
+    """Pure BSIM as it was before `simclr_apart_plain_end` became the default."""
 
-    def __init__(self, backbone, **heads):
-        super().__init__(backbone, **heads)
-        self.register_buffer("progress", torch.zeros(()))  # in the checkpoint: a resumed run knows where it is
+    apart, mix_until = False, 1.0
 
     def forward(self, a, b, mixture=None, sim=True):
-        if self.plain_end and self.progress >= PLAIN_FROM:
-            plain = super().forward(a, b, None, True)
-            return Losses(plain.sim if sim else None, plain.sim, plain.embeddings)
-        if not self.apart or mixture is None:
+        if self.apart or mixture is None or sim:
             return super().forward(a, b, mixture, sim)
-        plain = super().forward(a, b, None, True) if sim else None
-        z_m, z_b = (self.projector(self.backbone(x)) for x in (mixture.images, b))
-        bsim = self.loss(z_m, z_b, mixture.weight, mixture.partner)
-        return Losses(plain.sim if plain else None, bsim, z_b)
-
-    def after_step(self, progress):
-        self.progress.fill_(progress)
+        z_m, z_b = self.projector(self.backbone(torch.cat([mixture.images, b]))).chunk(2)
+        return Losses(None, self.loss(z_m, z_b, mixture.weight, mixture.partner), z_b)
 
 
 class Apart(Candidate):
-    apart = True
+    apart, mix_until = True, 1.0
 
 
 class PlainEnd(Candidate):
-    plain_end = True
+    mix_until = PLAIN_FROM
 
 
 class ApartPlainEnd(Candidate):
-    apart, plain_end = True, True
+    apart, mix_until = True, PLAIN_FROM
 
 
 class Third:

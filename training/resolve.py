@@ -27,6 +27,7 @@ from training.settings import DRY_RUN, Pretraining
 from training.weights import Backbone, load_backbone
 
 LOOP = ("optimizer", "lr", "weight_decay", "warmup_epochs")  # of a method's defaults, those its network does not take
+FROM_WEIGHTS = 0.1  # of a method's learning rate, where a run begins from weights: docs/weights.md
 HEADS = ("temperature", "momentum", "queue", "hidden_dim", "embedding_dim", "predictor_dim")
 VIEWS = "brightness contrast saturation hue jitter grayscale blur solarize vertical_flip rotate90".split()
 ON_RESUME = [field.name for field in flags_of(Pretraining) if field.metadata["on_resume"]]
@@ -189,6 +190,8 @@ def resolve(
             raise UserError(f"--{name}: {asked.method} has none")
     own = {k: v if (said := getattr(asked, k, None)) is None else said for k, v in published.items()}
     loop = {name: own.pop(name) for name in LOOP}
+    if asked.init is not None and asked.lr is None:
+        loop["lr"] *= FROM_WEIGHTS
     warmup = round(loop["warmup_epochs"] * each) if each else steps // 10 * (loop["warmup_epochs"] > 0)
     recipes = method_file.views(size)
     crop = data.DIGITS if asked.dataset == "digits" else {"min_crop": recipes[0].scale[0], "flip": recipes[0].flip}

@@ -132,7 +132,9 @@ class Pretraining(Settings):
     optimizer: str | None = flag(
         None, "sgd, lars or adamw", choices=OPTIMIZERS, heading="Default: what the method's paper says"
     )
-    lr: float | None = flag(None, "for 256 images a step, scaled linearly; warm-up, then cosine", range=ABOVE_0)
+    lr: float | None = flag(
+        None, "for 256 images a step, scaled linearly; warm-up, then cosine. With --init a tenth", range=ABOVE_0
+    )
     weight_decay: float | None = flag(None, "LARS and AdamW leave out biases and norms", range=NOT_NEGATIVE)
     warmup_epochs: float | None = flag(
         None, "epochs of linear warm-up; in a stream a tenth of the steps", range=NOT_NEGATIVE

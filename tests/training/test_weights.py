@@ -229,7 +229,7 @@ def test_a_run_begins_from_a_runs_weights(place, first, method, monkeypatch, cap
         copied = load_file(run / "checkpoints" / "step_000004" / "method.safetensors")
         torch.testing.assert_close(copied[f"{prefix}conv1.weight"], wanted["conv1.weight"], atol=1e-5, rtol=1e-4)
     config = json.loads((run / "config.json").read_text())
-    assert config["backbone"] == "resnet_tiny" and config["init"] == str(first)
+    assert config["backbone"] == "resnet_tiny" and config["init"] == str(first) and config["lr"] == 1e-9
     assert config["mean"] == [0.3, 0.3, 0.3] and config["std"] == json.loads((first / "config.json").read_text())["std"]
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["knn_initial"] == knn(run=str(first), k=16)["top1"] == pytest.approx(line["knn_initial"])
@@ -247,6 +247,8 @@ def test_the_stem_of_the_weights_is_kept_when_a_run_is_resumed_and_evaluated(pla
     (place / "theirs.pth").unlink()  # the checkpoint has what is needed
     part = pretrain(resume="part", steps=4)
     found, wanted = (load_file(run / "backbone.safetensors") for run in (part, whole))
+    rates = [json.loads((run / "config.json").read_text())["lr"] for run in (whole, part)]
+    assert rates == pytest.approx([0.04, 0.04])  # a tenth of SimSiam's
     assert found["conv1.weight"].shape == (64, 3, 7, 7) and backbone("resnet18", 16).conv1.kernel_size == (3, 3)
     assert load_backbone("whole").network.conv1.kernel_size == (7, 7)
     assert found.keys() == wanted.keys()
