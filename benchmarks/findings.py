@@ -35,8 +35,8 @@ COLUMNS = {"SIM": COMPARED, "usual": JUDGED, "BSIM": JUDGED}  # metrics whose di
 SETTINGS = ("method", "sim_weight", "epochs", "mix", "alpha", "per_sample", "temperature")
 USUAL = {"mix": "cutmix", "alpha": 1.0, "per_sample": True, "temperature": 0.2}  # the defaults for small images
 # Encoder passes of an image in a step: what half SIM, half BSIM pays more than SIM (methods/*.py).
-MORE_PASSES = {"simclr": 3 / 2, "moco": 3 / 2, "byol": 6 / 4, "simsiam": 4 / 2}
-MARKS = {"simclr": "o", "moco": "s", "byol": "^", "simsiam": "D"}
+MORE_PASSES = {"simclr": 3 / 2, "moco": 3 / 2, "mocov3": 6 / 4, "byol": 6 / 4, "simsiam": 4 / 2}
+MARKS = {"simclr": "o", "moco": "s", "mocov3": "v", "byol": "^", "simsiam": "D"}
 
 
 def groups_of(lines: list[dict]) -> dict:
