@@ -71,7 +71,8 @@ def few_labels(bank, classes, queries, truth, shots: int, seed: int, draws: int 
     counts = classes.bincount()
     if int(counts.min()) < shots:
         return None
-    bank, queries = unit(bank), unit(queries)[:FEW_QUERIES]
+    asked = torch.linspace(0, len(queries) - 1, min(FEW_QUERIES, len(queries)), dtype=torch.float64).long()
+    bank, queries, truth = unit(bank), unit(queries)[asked], truth[asked]  # all over, as rows may be in order of class
     order, found = generator(seed, SPLIT), []
     for _ in range(draws):
         shuffled = torch.randperm(len(bank), generator=order).to(bank.device)
@@ -79,7 +80,7 @@ def few_labels(bank, classes, queries, truth, shots: int, seed: int, draws: int 
         starts = counts.cumsum(0) - counts
         picked = by_class[starts[:, None] + torch.arange(shots, device=bank.device)]
         means = F.normalize(bank[picked].mean(1), dim=1)
-        found.append(((queries @ means.T).argmax(1) == truth[: len(queries)]).double().mean() * 100)
+        found.append(((queries @ means.T).argmax(1) == truth).double().mean() * 100)
     accuracies = torch.stack(found)
     return float(accuracies.mean()), float(accuracies.std() / draws**0.5)
 

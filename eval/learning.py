@@ -77,7 +77,8 @@ def figures(accelerator, source: Source, network, recipes, *, image_size: int, w
 
 
 def _with_labels(accelerator, source, network, queries, truth, seed, options):
-    bank, labels = features(accelerator, network, source.bank, **options)
+    images, rows = source.bank
+    bank, labels = features(accelerator, network, (images, rows.sort().values), **options)  # eval.knn's order and draws
     known, asked = labels >= 0, truth >= 0
     bank, queries = bank[known], queries[asked]
     if not isinstance(network, nn.Module):  # pixels have no direction of their own

@@ -216,7 +216,7 @@ def test_its_command_line_trains_and_judges(place, monkeypatch, forgotten):
         (["train"], "got train, want pretrain, knn, linear, geometry"),
         (
             ["pretrain", "--method", "inmix"],
-            "--method inmix: want simclr, moco, byol, simsiam, imix, unmix, mixco, keymix",
+            "--method inmix: want simclr, moco, mocov3, byol, simsiam, imix, unmix, mixco, keymix",
         ),
     ],
 )
@@ -229,4 +229,4 @@ def test_a_mistake_is_one_line(monkeypatch, capsys, forgotten, words, wanted):
 
 
 def test_the_main_program_does_not_know_them():
-    assert list(METHODS) == ["simclr", "moco", "byol", "simsiam"]
+    assert list(METHODS) == ["simclr", "moco", "mocov3", "byol", "simsiam"]

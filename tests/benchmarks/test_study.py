@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from eval.results import write_result
+from methods import METHODS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -48,9 +49,9 @@ def cells(place):
 def test_the_grids_are_those_that_the_claims_need():
     everything = {grid: study.cells_of(grid, "moco", 30) for grid in "methods passes length mixtures siblings".split()}
     methods = {(cell["method"], cell["sim_weight"]) for cell in everything["methods"]}
-    assert methods == {(m, w) for m in ("simclr", "moco", "byol", "simsiam") for w in (1, 0.5, 0)}
+    assert methods == {(m, w) for m in METHODS for w in (1, 0.5, 0)}
     assert {cell["method"]: cell["epochs"] for cell in everything["passes"]} == {
-        "simclr": 20, "moco": 20, "byol": 20, "simsiam": 15,
+        "simclr": 20, "moco": 20, "mocov3": 20, "byol": 20, "simsiam": 15,
     }  # fmt: skip
     assert {cell["epochs"] for cell in everything["length"]} == {120, 80}
     assert {cell["method"] for cell in everything["length"]} == {"simclr", "moco"}

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+import eval.knn
 from eval.knn import few_labels
 from eval.learning import rankme
 from train import pretrain
@@ -43,6 +44,15 @@ def test_the_nearest_mean_of_few_labels():
     assert few_labels(*given, 3, seed=0)[1] == pytest.approx(0, abs=1e-9)  # there is one draw of all
     assert few_labels(*given, 4, seed=0) is None
     assert few_labels(*given, 1, seed=3) == few_labels(*given, 1, seed=3) != few_labels(*given, 1, seed=4)
+
+
+def test_few_labels_ask_queries_of_all_classes(monkeypatch):
+    """Queries in order of class, as folders are, of which only every tenth is asked: half of them are labelled wrong."""
+    monkeypatch.setattr(eval.knn, "FEW_QUERIES", 10)
+    bank, classes = torch.eye(4).repeat(3, 1), torch.arange(4).repeat(3)
+    truth = torch.arange(4).repeat_interleave(25)
+    wrong = torch.where(truth < 2, truth, 5 - truth)
+    assert few_labels(bank, classes, torch.eye(4)[truth], wrong, 1, seed=0)[0] == pytest.approx(50)
 
 
 def test_rankme():
