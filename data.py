@@ -61,7 +61,7 @@ class Source(NamedTuple):
 
     train: Any  # SmallImages, LargeImages, or a stream: a datasets.IterableDataset
     rows: torch.Tensor | None  # the rows to train on; None for a stream
-    bank: tuple | None  # without labels: those among which neighbours are shown
+    bank: tuple | None
     queries: tuple | None
     side: int  # the longer side of the images, of a few
     note: str | None  # why there is no k-NN
@@ -70,6 +70,7 @@ class Source(NamedTuple):
     fingerprint: str | None = None  # of the relative names and sizes of local data
     way: Way = OPEN  # how the images are read
     held_out: tuple | None = None  # (images, rows) that are not trained on, where there are no queries
+    among: tuple | None = None  # (images, rows) in which their neighbours are looked for, where there is no bank
 
     @property
     def images(self):
@@ -147,7 +148,8 @@ def _source(parts, wholes, split, eval_split, skip_bad_images, seed, way, hold_o
         kept = min(HELD_OUT, len(rows) // 10) if hold_out and held_out is None else 0
         others = (held_out, picked) if held_out is not None and hold_out else (train, rows[:kept]) if kept else None
         rows = rows[kept:]
-        return Source(train, rows.sort().values, (train, rows[:BANK]), None, side, note, way=way, held_out=others), said
+        rest = dict(way=way, held_out=others, among=(train, rows[:BANK]))
+        return Source(train, rows.sort().values, None, None, side, note, **rest), said
     queries = None
     if held_out is not None:
         queries = (held_out, picked) if (held_out.labels(picked) >= 0).any() else None  # a Hub test set may say -1
@@ -380,7 +382,8 @@ def _stream_source(train, held_out, skip_bad, seed, way, hold_out):
     )
     if not labelled:
         held_out = queries if len(queries[1]) else None
-        return Source(train, None, bank, None, side, "no labels", way=way, held_out=held_out), notes, said
+        rest = dict(way=way, held_out=held_out, among=bank)
+        return Source(train, None, None, None, side, "no labels", **rest), notes, said
     note = _unfit(bank[0].labels(bank[1])) or (None if len(queries[1]) else "no image was held out")
     if note:
         return Source(whole, None, None, None, side, note, way=way), notes, said

@@ -66,14 +66,15 @@ def refuse_small(loaded, library):
         )
 
 
-def timm_arguments(name: str, image_size: int) -> dict:
-    """What timm.create_model was given for this network: transformers must know the size, others take none."""
-    sized: dict[str, Any] = dict(num_classes=0, img_size=image_size)
+def timm_arguments(loaded: Backbone) -> dict:
+    """What timm.create_model wants for this network: transformers their size and patches, others nothing."""
+    sized: dict[str, Any] = dict(num_classes=0, img_size=loaded.image_size)
     try:
-        timm.create_model(name, **sized)
+        made: Any = timm.create_model(loaded.name, **sized)
     except TypeError:
         return dict(num_classes=0)
-    return sized
+    side, usual = (getattr(getattr(n, "patch_embed", None), "patch_size", None) for n in (loaded.network, made))
+    return sized if side == usual else sized | {"patch_size": side[0]}
 
 
 @torch.no_grad()
@@ -109,7 +110,7 @@ def torchvision_model(loaded: Backbone, library: str = "torchvision"):
 def for_timm(loaded: Backbone, target: Path):
     """The weights under timm's names, in safetensors; the small-image stem is put in where it is loaded."""
     refuse_tiny(loaded, "timm")
-    given = "".join(f", {k}={v}" for k, v in timm_arguments(loaded.name, loaded.image_size).items())
+    given = "".join(f", {k}={v}" for k, v in timm_arguments(loaded).items())
     stem = ""
     if is_small(loaded):
         stem = (
@@ -172,7 +173,7 @@ def _bytes(shares):
 def for_hub(loaded: Backbone, target: Path):
     """A folder of timm's for the Hub: model.safetensors, config.json, and README.md, the model card."""
     refuse_small(loaded, "timm")
-    arguments = timm_arguments(loaded.name, loaded.image_size)
+    arguments = timm_arguments(loaded)
     theirs = loaded.network.pretrained_cfg
     size = [3, loaded.image_size, loaded.image_size]
     images = dict(mean=loaded.mean, std=loaded.std, input_size=size, interpolation="bilinear", crop_pct=7 / 8)

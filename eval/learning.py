@@ -113,9 +113,10 @@ def nearest(accelerator, source: Source, network, *, image_size: int, normal, wo
     """
     options = dict(image_size=image_size, normal=normal, workers=workers, delay=5)
     held_out = source.queries or source.held_out
-    assert held_out is not None and source.bank is not None
-    (images, rows), (others, bank) = held_out, (source.bank[0], source.bank[1][:AMONG])
-    rows = rows[:SHOWN]
+    among = source.bank or source.among
+    assert held_out is not None and among is not None
+    (images, rows), (others, bank) = held_out, among
+    rows, bank = rows[:SHOWN], bank[:AMONG]
     network.eval()
     x, y = (unit(features(accelerator, network, part, **options)[0]) for part in ((images, rows), (others, bank)))
     network.train()

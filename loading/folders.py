@@ -181,11 +181,12 @@ def arranged(root: str, names: list[str]) -> Folder:
     if are_splits and None in tops and not any(SPLIT_OF[word.casefold()] == "train" for word in words):
         are_splits = False  # else the images beside them, most likely those to train on, were lost
     if words and not are_splits:
-        others = [folder for folder in folders if folder not in words] or ["images in no folder"]
+        others = [folder for folder in folders if folder not in words]
+        unlike = f"{_some(others)} {'has' if len(others) == 1 else 'have'}" if others else "images in no folder have"
         read = "all images are read as one split" if None in tops else "the folders are read as classes, not as splits"
         notes.append(
             f"{read}: {_some(words)} {'has' if len(words) == 1 else 'have'} the "
-            f"name of a split, {_some(others)} {'has' if len(others) == 1 else 'have'} not; to read one folder alone: "
+            f"name of a split, {unlike} not; to read one folder alone: "
             f"--dataset {shown(os.path.join(root, names[0][:start], words[0]))}"
         )
     if not are_splits:

@@ -183,7 +183,9 @@ def test_a_folder_for_the_hub(place, capsys, name, size):
     assert sorted(path.name for path in target.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert [path.name for path in target.parent.iterdir()] == ["hub"]
     made = json.loads((target / "config.json").read_text())
-    assert made["architecture"] == name and made["model_args"] == ({"img_size": size} if "vit" in name else {})
+    assert made["architecture"] == name and made["model_args"] == (
+        {"img_size": size, "patch_size": 6} if "vit" in name else {}
+    )
     network = loaded_as_said(capsys.readouterr().out)
     assert same(features(network, size), wanted)
     shown = timm.data.resolve_model_data_config(network)
