@@ -73,8 +73,9 @@ def timm_arguments(loaded: Backbone) -> dict:
         made: Any = timm.create_model(loaded.name, **sized)
     except TypeError:
         return dict(num_classes=0)
-    side, usual = (getattr(getattr(n, "patch_embed", None), "patch_size", None) for n in (loaded.network, made))
-    return sized if side == usual else sized | {"patch_size": side[0]}
+    embedding, usual = (getattr(network, "patch_embed", None) for network in (loaded.network, made))
+    side = getattr(embedding, "patch_size", None)
+    return sized | {"patch_size": side[0]} if side and side != usual.patch_size else sized
 
 
 @torch.no_grad()

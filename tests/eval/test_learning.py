@@ -47,7 +47,7 @@ def test_the_nearest_mean_of_few_labels():
 
 
 def test_few_labels_ask_queries_of_all_classes(monkeypatch):
-    """Queries in order of class, as folders are, of which only every tenth is asked: half of them are labelled wrong."""
+    """Queries in order of class, as folders are, of which only every tenth is asked; the last half is wrong."""
     monkeypatch.setattr(eval.knn, "FEW_QUERIES", 10)
     bank, classes = torch.eye(4).repeat(3, 1), torch.arange(4).repeat(3)
     truth = torch.arange(4).repeat_interleave(25)
