@@ -73,9 +73,9 @@ def timm_arguments(loaded: Backbone) -> dict:
         made: Any = timm.create_model(loaded.name, **sized)
     except TypeError:
         return dict(num_classes=0)
-    embedding, usual = (getattr(network, "patch_embed", None) for network in (loaded.network, made))
+    embedding: Any = getattr(loaded.network, "patch_embed", None)
     side = getattr(embedding, "patch_size", None)
-    return sized | {"patch_size": side[0]} if side and side != usual.patch_size else sized
+    return sized | {"patch_size": side[0]} if side and side != made.patch_embed.patch_size else sized
 
 
 @torch.no_grad()

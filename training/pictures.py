@@ -32,21 +32,37 @@ def _shown(view, recipe):
 
 def draw_views(path: Path, sources, a, b, mixture, recipes, count=8) -> None:
     """A row an image: source, view a, view b, and, with a mixture, the partner's view a, the mixture and its w."""
-    count = min(count, len(a))
+    rows, under = [], []
+    for n in range(min(count, len(a))):
+        rows.append([sources[n].permute(1, 2, 0).cpu().numpy(), _shown(a[n], recipes[0]), _shown(b[n], recipes[1])])
+        if mixture:
+            rows[-1] += [_shown(a[mixture.partner[n]], recipes[0]), _shown(mixture.images[n, :3], recipes[0])]
+            under.append([("", OTHER)] * 4 + [(f"w = {mixture.weight[n]:.2f}", "black")])
     columns = ["source", "view a", "view b"] + (["partner's view a", "mixture"] if mixture else [])
-    figure = Figure(figsize=(1.5 * len(columns), 1.55 * count + 0.4), layout="constrained")
-    axes = figure.subplots(count, len(columns), squeeze=False)
-    for n in range(count):
-        tiles = [sources[n].permute(1, 2, 0).cpu().numpy(), _shown(a[n], recipes[0]), _shown(b[n], recipes[1])]
-        if mixture:
-            tiles += [_shown(a[mixture.partner[n]], recipes[0]), _shown(mixture.images[n, :3], recipes[0])]
-        for axis, tile, title in zip(axes[n], tiles, columns):
-            axis.imshow(tile, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            if n == 0:
-                axis.set_title(title, fontsize=10)
-        if mixture:
-            axes[n, -1].set_xlabel(f"w = {mixture.weight[n]:.2f}", fontsize=9)
+    _draw_rows(path, rows, columns, under, inches=1.5)
+
+
+def _draw_rows(path: Path, rows, titles, under, inches: float) -> None:
+    """Images [H, W, 3] in rows, words above the first row, and a word and its colour below each image.
+
+    On one pair of axes: a pair for each image takes seconds.
+    """
+    size, gap = 10, 1.3 / inches  # an image is 10 wide; the gap below it holds a word
+    high = size + (1.5 * gap if under else 0.5)
+    width, height = len(rows[0]) * (size + 0.5), len(rows) * high
+    figure = Figure(figsize=(inches * width / size, inches * (height + 2 * gap) / size))
+    axis = figure.add_axes((0, 0, 1, 1))
+    for n, row in enumerate(rows):
+        for k, image in enumerate(row):
+            left, top = k * (size + 0.5) + 0.25, n * high
+            axis.imshow(image, extent=(left, left + size, top + size, top), interpolation="nearest")
+            if under:
+                word, colour = under[n][k]
+                axis.text(left + size / 2, top + size + gap / 5, word, color=colour, fontsize=8, ha="center", va="top")
+    for k, title in enumerate(titles):
+        axis.text(k * (size + 0.5) + 0.25 + size / 2, -gap / 3, title, fontsize=9, ha="center", va="bottom")
+    axis.set(xlim=(0, width), ylim=(height, -2 * gap))
+    axis.axis("off")
     write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
@@ -99,16 +115,6 @@ def draw_neighbours(path: Path, queries, near, names=None) -> None:
 
     queries: uint8 [Q, 3, H, W]; near: uint8 [Q, K, 3, H, W]; names: Q rows of 1 + K words.
     """
-    count, nearest = near.shape[:2]
-    figure = Figure(figsize=(1.1 * (nearest + 1), (1.3 if names else 1.1) * count + 0.4), layout="constrained")
-    axes = figure.subplots(count, nearest + 1, squeeze=False)
-    for n in range(count):
-        for k, (axis, image) in enumerate(zip(axes[n], [queries[n], *near[n]])):
-            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            if names:
-                right = k > 0 and names[n][k] == names[n][0]
-                axis.set_xlabel(names[n][k][:14], fontsize=8, color=SIM if right or k == 0 else BSIM)
-            if n == 0 and k < 2:
-                axis.set_title(("held out", "nearest")[k], fontsize=9)
-    write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    rows = [[image.permute(1, 2, 0).numpy() for image in (query, *of)] for query, of in zip(queries, near)]
+    under = [[(name[:14], SIM if name == row[0] else BSIM) for name in row] for row in names or []]
+    _draw_rows(path, rows, ["held out", "nearest"], under, inches=1.1)
