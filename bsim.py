@@ -218,7 +218,8 @@ def _exact(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-# log-sum-exps of similarities, without the whole matrix. A tile fits the cache of a CPU; a GPU wants larger ones.
+# log-sum-exps of similarities, without the whole matrix. A tile fits the cache of a CPU; a GPU wants larger ones, and
+# so do several threads, which wait for the slowest of them at the end of every tile.
 WHOLE, TILE, GPU_TILE = 1 << 18, 512, 8192
 
 
@@ -228,7 +229,8 @@ def _whole(rows, columns, temperature):
 
 
 def _tiles(x):
-    size = TILE if x.device.type == "cpu" else GPU_TILE
+    several = not torch.compiler.is_compiling() and torch.get_num_threads() > 1
+    size = TILE * (1 + several) if x.device.type == "cpu" else GPU_TILE
     return range(0, len(x), size), size
 
 
@@ -489,13 +491,19 @@ def uniformity(x: Tensor, t: float = 2) -> Tensor:
     """log of the mean of e^(-t |x_i - x_j|^2) over all pairs i < j (Wang and Isola, 2020, section 4.1.2).
 
     x: [N, D] float, N of 2 or more, normalised here. Scalar <= 0; lower is more uniform. Raises ValueError for other
-    shapes.
+    shapes. Without a gradient memory grows with N.
     """
     if x.dim() != 2 or len(x) < 2:
         raise ValueError(f"x: got shape {list(x.shape)}, want [N, D] with N of 2 or more")
     x, _ = _pair_of_unit(x, x)
-    distances = torch.pdist(x).pow(2)
-    return (-t * distances).logsumexp(0) - math.log(len(distances))
+    found, rows, squares = [], max(1, (1 << 22) // len(x)), x.pow(2).sum(1)
+    with torch.autocast(x.device.type, enabled=False):
+        for i in range(0, len(x) - 1, rows):
+            part = slice(i, i + rows)
+            distances = squares[part, None] + squares[i:] - 2 * x[part] @ x[i:].T
+            once = torch.ones_like(distances, dtype=torch.bool).triu(1)  # i < j
+            found.append((-t * distances).masked_fill(~once, -math.inf).flatten().logsumexp(0))
+    return torch.stack(found).logsumexp(0) - math.log(len(x) * (len(x) - 1) / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

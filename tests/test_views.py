@@ -242,6 +242,16 @@ def test_every_public_function_says_its_shapes():
 # The sphere.
 
 
+def test_uniformity_of_many_is_that_of_all_pairs_at_once():
+    """In two blocks of rows here."""
+    x = torch.randn(2100, 6, generator=generator(), dtype=torch.float64, requires_grad=True)
+    distances = torch.pdist(torch.nn.functional.normalize(x, dim=1)).pow(2)
+    wanted = (-2 * distances).logsumexp(0) - math.log(len(distances))
+    found = bsim.uniformity(x)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in (found, wanted)))
+
+
 def test_alignment_and_uniformity_are_wang_and_isolas():
     x, y = torch.randn(7, 4, generator=generator()), torch.randn(7, 4, generator=generator(1))
     unit = [[v / math.sqrt(sum(q * q for q in row)) for v in row] for row in x.tolist()]
@@ -256,7 +266,8 @@ def test_alignment_and_uniformity_are_wang_and_isolas():
     for t in (1, 2):
         pairs = [math.exp(-t * squared(unit[i], unit[j])) for j in range(7) for i in range(j)]
         assert float(bsim.uniformity(x, t)) == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-5)
-    assert float(bsim.uniformity(torch.ones(5, 3))) == pytest.approx(0, abs=1e-5)
+    for value in (0.0, 1.0):
+        assert float(bsim.uniformity(torch.full((5, 3), value))) == pytest.approx(0, abs=1e-5)
     with pytest.raises(ValueError, match="N of 2 or more"):
         bsim.uniformity(x[:1])
     with pytest.raises(ValueError, match=r"want \[N, D\] twice"):
