@@ -1,6 +1,9 @@
 """nt_xent against lightly's, solo-learn's and a plain one, both passes: time in turns, memory beyond the inputs.
 
     python benchmarks/losses.py --threads 1 --sizes 256 2048 8192
+    python benchmarks/losses.py --threads 2 --sizes 8192 --busy 1
+
+--busy: so many other processes multiply matrices meanwhile, a core each.
 
 Peers: pip install --no-deps -r requirements-bench.txt (and pytorch_lightning, lightly_utils and torchmetrics without
 theirs). solo-learn asks for a torch of 2021, but its loss does not need it; its package brings a folder `tests` along
@@ -11,6 +14,7 @@ that would hide ours, so it goes elsewhere: pip install --no-deps --target SOLO 
 import argparse
 import subprocess
 import sys
+from contextlib import ExitStack
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from turns import in_turns, machine, spread  # noqa: E402
 from bsim import info_nce, nt_xent  # noqa: E402
 
 D, TEMPERATURE = 128, 0.2
+BUSY = "import torch; torch.set_num_threads(1); x = torch.randn(512, 512)\nwhile True: x @ x"
 
 
 def plain(a, b):
@@ -111,11 +116,20 @@ def main():
     parser.add_argument(
         "--ours_only", type=int, nargs="*", default=[], help="sizes at which the peers do not take part"
     )
+    parser.add_argument("--busy", type=int, default=0, help="other processes that work meanwhile")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    with ExitStack() as others:
+        for _ in range(options.busy):
+            others.callback(subprocess.Popen([sys.executable, "-c", BUSY]).kill)
+        measure(options)
+
+
+def measure(options):
+    busy = f", {options.busy} other processes" if options.busy else ""
     print(
         machine("lightly")
-        + f", D = {D}\n\n| N | | ms | quartiles | MB beyond its inputs |\n| --- | --- | --- | --- | --- |"
+        + f"{busy}, D = {D}\n\n| N | | ms | quartiles | MB beyond its inputs |\n| --- | --- | --- | --- | --- |"
     )
     for n in options.sizes + options.ours_only:
         found = contenders(n)
