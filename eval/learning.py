@@ -1,4 +1,4 @@
-"""Is it learning? Figures of held-out images while a run goes on: with few labels, and without any."""
+"""Is it learning? Figures of held-out images during a run: with few labels, and without any."""
 
 import torch
 from torch import nn

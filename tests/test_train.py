@@ -416,7 +416,7 @@ def test_the_end_of_a_run_has_plain_pairs(place, flags, until):
     with pytest.raises(UserError, match="--mix_until 0.5: the plain method, --sim_weight 1, has no mixtures"):
         pretrain(out="other", steps=8, mix_until=0.5, sim_weight=1, **options)
     config = json.loads((run / "config.json").read_text())
-    del config["mix_until"]  # a run of before the flag goes on as it began
+    del config["mix_until"]  # a run of before the flag resumes as it began
     (run / "config.json").write_text(json.dumps(config))
     longer = pretrain(resume="run", steps=12)
     assert all(line["bsim"] is not None for line in run_folder.read_metrics(longer)[8:])

@@ -117,7 +117,7 @@ def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Be
     if asked.resume is True and (asked.dry_run or not (folder / "config.json").exists()):
         return asked, None, None  # --resume --out FOLDER: the same command starts a run and, after a kill, resumes it
     if asked.init is not None and asked.resume is not True:
-        raise UserError(f"--init {asked.init}: a resumed run goes on from its own weights; drop --init, or --resume")
+        raise UserError(f"--init {asked.init}: a resumed run continues from its own weights; drop --init, or --resume")
     if asked.dry_run is not None:
         raise UserError(f"--dry_run {asked.dry_run}: times a new run, and --resume resumes {folder}; drop --resume")
     if asked.out is not None and Path(asked.out).expanduser() != folder:

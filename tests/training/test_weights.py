@@ -262,7 +262,7 @@ def test_the_stem_of_the_weights_is_kept_when_a_run_is_resumed_and_evaluated(pla
             dict(init="nan.safetensors", backbone="resnet_tiny"),
             "1 of its tensors hold NaN or infinity, such as bn1.bias",
         ),
-        (dict(init="run", resume="run", steps=8), "--init .*: a resumed run goes on from its own weights"),
+        (dict(init="run", resume="run", steps=8), "--init .*: a resumed run continues from its own weights"),
         (dict(init="gone"), "--init gone: no such folder or file"),
         (dict(mean="0.5,0.5"), "--mean 0.5,0.5: want imagenet, data, or three numbers"),
         (dict(std="0,0.5,0.5"), "--std 0,0.5,0.5: want imagenet, data, or three numbers"),
