@@ -269,5 +269,5 @@ def _whole(images, parts, size, i):
 def whole_images(images, rows, size, *, workers=0, chunk=256):
     """(uint8 batch, clipped values or -1 where bad) of the images at `rows`, whole or centrally cropped, in order."""
     parts = rows.split(chunk)
-    workers = min(workers, len(parts)) if images.in_workers else 0
+    workers = min(workers, len(parts)) if images.in_workers and len(parts) > 1 else 0
     return made(partial(_whole, images, parts, size), range(len(parts)), workers)
