@@ -501,8 +501,8 @@ def uniformity(x: Tensor, t: float = 2) -> Tensor:
         for i in range(0, len(x) - 1, rows):
             part = slice(i, i + rows)
             distances = squares[part, None] + squares[i:] - 2 * x[part] @ x[i:].T
-            once = torch.ones_like(distances, dtype=torch.bool).triu(1)  # i < j
-            found.append((-t * distances).masked_fill(~once, -math.inf).flatten().logsumexp(0))
+            again = torch.ones_like(distances, dtype=torch.bool).tril()  # j <= i
+            found.append((-t * distances).masked_fill(again, -math.inf).flatten().logsumexp(0))
     return torch.stack(found).logsumexp(0) - math.log(len(x) * (len(x) - 1) / 2)
 
 

@@ -269,5 +269,6 @@ def _whole(images, parts, size, i):
 def whole_images(images, rows, size, *, workers=0, chunk=256):
     """(uint8 batch, clipped values or -1 where bad) of the images at `rows`, whole or centrally cropped, in order."""
     parts = rows.split(chunk)
+    # A worker for one part saves nothing, and a fork beside a run's other threads can hang.
     workers = min(workers, len(parts)) if images.in_workers and len(parts) > 1 else 0
     return made(partial(_whole, images, parts, size), range(len(parts)), workers)
