@@ -635,7 +635,7 @@ def resized_crop(images: Tensor, box: Tensor, size: int, flip: Tensor | None = N
 
 def grayscale(images: Tensor) -> Tensor:
     """Luma (ITU-R 601) in all three channels."""
-    return _luma(images).expand_as(images)
+    return _luma(images).repeat(1, 3, 1, 1)
 
 
 def _luma(images):
@@ -670,16 +670,11 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     is_red, is_green = (torch.eq(channel, largest, out=torch.empty_like(largest)) for channel in channels[:2])
     is_green *= 1 - is_red
     is_blue = 1 - is_red - is_green
-    hue = is_red * (green - blue) + is_green * (blue - red) + is_blue * (red - green)
-    hue = (
-        hue / chroma.clamp(min=torch.finfo(images.dtype).tiny) + 2 * is_green + 4 * is_blue + 6 * _column(shift, images)
-    )
-    turned = []
-    for offset in (3, 1, -1):
-        k = hue + offset
-        k -= 6 * (k / 6).detach().round_()
-        turned.append(torch.addcmul(value, chroma, (2 - k.abs()).clamp_(0, 1), value=-1))
-    return torch.cat(turned, 1)
+    hue = torch.addcmul(is_red * (green - blue), is_green, blue - red).addcmul(is_blue, red - green)
+    hue = (hue / chroma.clamp(min=torch.finfo(images.dtype).tiny)).add(is_green, alpha=2).add(is_blue, alpha=4)
+    turns = (hue / 6 + _column(shift, images)) + images.new_tensor([3, 1, -1]).div_(6).view(3, 1, 1)
+    turns = turns - turns.detach().round()
+    return torch.addcmul(value, chroma, torch.rsub(turns.abs(), 2, alpha=6).clamp_(0, 1), value=-1)
 
 
 def _taps(sigma, radius):
@@ -721,14 +716,19 @@ def solarize(images: Tensor) -> Tensor:
     return torch.minimum(images, 1 - images)
 
 
-def _where(drawn, images, operation, *parameters):
-    """Write operation(images, *parameters) over the images that drew it, and leave the others."""
-    rows = drawn.nonzero().squeeze(1)
+def _rows(drawn):
+    """Of each column of `drawn` [N, K] bool the rows that drew it."""
+    return drawn.T.nonzero()[:, 1].split(drawn.sum(0).tolist())
+
+
+def _at(rows, images, operation, *parameters):
+    """`images` with operation(images, *parameters) in the place of these rows."""
     if len(rows) == len(images):
-        images.copy_(operation(images, *parameters))
-    elif len(rows):
+        return operation(images, *parameters)
+    if len(rows):
         there = _beside(rows, images)
         images.index_copy_(0, there, operation(images.index_select(0, there), *(p[rows] for p in parameters)))
+    return images
 
 
 def _render(out, images, box, flipped, turns, factors, gray, blurred, sigma, solarized, *, recipe):
@@ -738,23 +738,25 @@ def _render(out, images, box, flipped, turns, factors, gray, blurred, sigma, sol
         images = images / 255 if images.dtype == torch.uint8 else images.float()
     if images.shape == out.shape and recipe.scale == recipe.ratio == (1, 1):  # cropped before
         view = images.clone() if images is given else images
-        _where(flipped, view, lambda part: part.flip(3))
+        view = _at(*_rows(flipped[:, None]), view, lambda part: part.flip(3))
     else:
         view = resized_crop(images, box, recipe.size, flipped)
-    for turn in turns.unbind(1):
-        for index, operation in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
-            _where(turn == index, view, operation, factors[:, index])
-    _where(gray, view, grayscale)
+    colours = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
+    for k, rows in enumerate(_rows((turns[:, :, None] == torch.arange(4, device=turns.device)).flatten(1))):
+        view = _at(rows, view, colours[k % 4], factors[:, k % 4])
     radius = recipe.size // 20
+    grays, blurs, inverted = _rows(torch.stack([gray, blurred, solarized], 1))
+    view = _at(grays, view, grayscale)
     if radius:
-        _where(blurred, view, lambda part, sigma: gaussian_blur(part, sigma, radius), sigma)
-    _where(solarized, view, solarize)
+        view = _at(blurs, view, lambda part, sigma: gaussian_blur(part, sigma, radius), sigma)
+    view = _at(inverted, view, solarize)
     mean, std = (_beside(torch.tensor(v), view, view.dtype).view(1, 3, 1, 1) for v in (recipe.mean, recipe.std))
     torch.sub(view, mean, out=out).mul_(1 / std)
 
 
-# Numbers of views that a CPU makes at once: what does not stay in its cache takes many times longer.
-CACHE = 1 << 19
+# Numbers of views that a CPU thread makes at once, measured. Many, as each part costs a millisecond of calls; but a
+# view of LARGE or more fills a cache alone, and is a part alone.
+PART, LARGE = 1 << 20, 1 << 17
 
 
 @torch.no_grad()
@@ -790,7 +792,9 @@ def make_view(images: Tensor, recipe: ViewRecipe, *, generator: torch.Generator)
 
     shape, dtype = (n, 3, recipe.size, recipe.size), torch.float64 if images.dtype == torch.float64 else torch.float32
     views = torch.empty(shape, dtype=dtype, device=images.device)
-    parts = 1 if images.device.type != "cpu" else -(-views.numel() // (CACHE * torch.get_num_threads()))
+    own = views[0].numel()
+    at_once = (PART if own < LARGE else own) * torch.get_num_threads()
+    parts = -(-views.numel() // at_once) if images.device.type == "cpu" else 1
     with torch.autocast(images.device.type, enabled=False):
         for part in zip(*(x.chunk(parts) for x in (views, images, *draws))):
             _render(*part, recipe=recipe)

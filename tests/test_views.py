@@ -286,11 +286,15 @@ def test_what_accelerators_compute_is_what_a_cpu_computes():
     torch.testing.assert_close(found, bsim.gaussian_blur(x, sigma, radius), rtol=0, atol=1e-5)
 
 
-def test_views_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
-    x, recipe = images(9), ViewRecipe(40, solarize=0.3)
+@pytest.mark.parametrize("limit", ["PART", "LARGE"])
+def test_views_do_not_depend_on_how_many_are_made_at_once(limit, monkeypatch):
+    x, recipe = images(9), ViewRecipe(40, solarize=0.5, grayscale=0.5)
     wanted = make_view(x, recipe, generator=generator(3))
-    monkeypatch.setattr(bsim, "CACHE", 1)
+    seen, render = [], bsim._render
+    monkeypatch.setattr(bsim, "_render", lambda out, *drawn, **own: (seen.append(len(out)), render(out, *drawn, **own)))
+    monkeypatch.setattr(bsim, limit, 1)
     torch.testing.assert_close(make_view(x, recipe, generator=generator(3)), wanted, rtol=0, atol=1e-5)
+    assert sum(seen) == 9 and max(seen) <= torch.get_num_threads()
 
 
 def test_operations_have_the_gradients_of_what_they_compute():
