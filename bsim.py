@@ -670,11 +670,12 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     is_red, is_green = (torch.eq(channel, largest, out=torch.empty_like(largest)) for channel in channels[:2])
     is_green *= 1 - is_red
     is_blue = 1 - is_red - is_green
-    hue = torch.addcmul(is_red * (green - blue), is_green, blue - red).addcmul(is_blue, red - green)
-    hue = (hue / chroma.clamp(min=torch.finfo(images.dtype).tiny)).add(is_green, alpha=2).add(is_blue, alpha=4)
-    turns = (hue / 6 + _column(shift, images)) + images.new_tensor([3, 1, -1]).div_(6).view(3, 1, 1)
-    turns = turns - turns.detach().round()
-    return torch.addcmul(value, chroma, torch.rsub(turns.abs(), 2, alpha=6).clamp_(0, 1), value=-1)
+    slope = torch.addcmul(is_red * (green - blue), is_green, blue - red).addcmul(is_blue, red - green)
+    start = torch.sub(_column(shift, images) + 2 / 3, is_red, alpha=2 / 3).sub_(is_green, alpha=1 / 3)
+    hue = torch.addcdiv(start, slope, chroma.clamp(min=torch.finfo(images.dtype).tiny), value=1 / 6)
+    hue = hue - hue.detach().round()  # from -1/2 to 1/2 of the circle; red is at 0
+    away = [hue.abs().mul_(6).sub_(1), *(torch.rsub((hue + turn).abs(), 2, alpha=6) for turn in (1 / 6, -1 / 6))]
+    return torch.cat([torch.addcmul(value, chroma, share.clamp_(0, 1), value=-1) for share in away], 1)
 
 
 def _taps(sigma, radius):
