@@ -756,7 +756,7 @@ def _render(out, images, box, flipped, turns, factors, gray, blurred, sigma, sol
 
 
 # Numbers of views that a CPU thread makes at once, measured. Many, as each part costs a millisecond of calls; but a
-# view of LARGE or more fills a cache alone, and is a part alone.
+# view of LARGE or more fills one thread's cache alone, and is a part alone.
 PART, LARGE = 1 << 20, 1 << 17
 
 
@@ -794,7 +794,8 @@ def make_view(images: Tensor, recipe: ViewRecipe, *, generator: torch.Generator)
     shape, dtype = (n, 3, recipe.size, recipe.size), torch.float64 if images.dtype == torch.float64 else torch.float32
     views = torch.empty(shape, dtype=dtype, device=images.device)
     own = views[0].numel()
-    at_once = (PART if own < LARGE else own) * torch.get_num_threads()
+    threads = torch.get_num_threads()
+    at_once = own if own >= LARGE and threads == 1 else PART * threads
     parts = -(-views.numel() // at_once) if images.device.type == "cpu" else 1
     with torch.autocast(images.device.type, enabled=False):
         for part in zip(*(x.chunk(parts) for x in (views, images, *draws))):
