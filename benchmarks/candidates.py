@@ -7,7 +7,8 @@ The words and flags are those of siblings.py. `simclr_apart`: mixtures and clean
 that each has batch statistics of its own (as adversarial examples have in Xie et al., 2020, "Adversarial examples
 improve image recognition"). `simclr_plain_end`: the last quarter of the run has plain pairs (label mixing is ended
 early in He et al., 2019, "Data augmentation revisited"). `simclr_apart_plain_end`: both. With --sim_weight 0 all of
-them take as many encoder passes as SIM.
+them take as many encoder passes as SIM. `simclr_sim_apart`, with --sim_weight 1: the control, SIM whose two views go
+through the network apart.
 
 `simclr_third`, `moco_third`, `byol_third`: the control of half SIM, half BSIM. With --sim_weight 0.5 a third plain view
 stands in the place of the mixture, with share 1, so that both losses are SIM's.
@@ -54,6 +55,12 @@ class ApartPlainEnd(Candidate):
     apart, mix_until = True, PLAIN_FROM
 
 
+class SimApart(simclr.Method):
+    def forward(self, a, b, mixture=None, sim=True):
+        z_a, z_b = (self.projector(self.backbone(x)) for x in (a, b))
+        return Losses(self.loss(z_a, z_b), None, z_b)
+
+
 class Third:
     """Another plain view of the images that the step's views were made of, as a mixture of which all is the image."""
 
@@ -74,6 +81,7 @@ CANDIDATES = {
         ("simclr_apart", Apart),
         ("simclr_plain_end", PlainEnd),
         ("simclr_apart_plain_end", ApartPlainEnd),
+        ("simclr_sim_apart", SimApart),
     )
 } | {
     f"{name}_third": SimpleNamespace(

@@ -1,31 +1,47 @@
-"""What a step of pure BSIM, and of half SIM, half BSIM, costs beside a step of the plain method.
+"""What a step of pure BSIM, of half SIM, half BSIM, and of their controls costs beside a step of the plain method.
 
-Views, mixture, network, loss and optimiser are timed.
+    python benchmarks/cost.py --threads 1 --batch_size 64 --bf16 --out benchmarks/results/cost.jsonl
+    python benchmarks/cost.py --threads 1 --methods simclr moco byol simsiam
 
-    python benchmarks/cost.py [--threads 2] [--repeats 9] [--batch_size 256] [--backbone resnet_tiny] [--image_size 32]
-
-The three take turns in one process; a ratio is the median over the turns, its spread their quartiles.
+The first is the study's own setting (docs/study.md). Views, mixture, network, loss and optimiser are timed. The steps
+of a method take turns in one process; a ratio is the median over the turns, its spread their quartiles. Passes are
+images through the backbone in a step, for each image of the batch, with a gradient and without.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
-from turns import in_turns, spread  # noqa: E402
+from candidates import CANDIDATES, THIRD  # noqa: E402
+from siblings import SIBLINGS  # noqa: E402
+from turns import in_turns, machine, spread  # noqa: E402
 
-from bsim import make_view, sample_mixture  # noqa: E402
+from bsim import sample_mixture  # noqa: E402
 from methods import METHODS  # noqa: E402
 from methods.networks import backbone  # noqa: E402
 from train import objective  # noqa: E402
+from training.folder import write  # noqa: E402
 from training.optimize import optimizer_of  # noqa: E402
 from training.resolve import LOOP  # noqa: E402
 
-WEIGHTS = {"SIM": 1.0, "BSIM": 0.0, "both": 0.5}
-ALLOWED = {"simclr": 1.10, "moco": 1.10, "byol": 1.10, "simsiam": 1.45}
+ALLOWED = {"simclr": 1.10, "moco": 1.10, "mocov3": 1.10, "byol": 1.10, "simsiam": 1.45}  # of pure BSIM over SIM
+MORE = {  # what the study compares beside SIM, BSIM and both
+    "simclr": [
+        ("simclr_third", 0.5),
+        ("simclr_apart_plain_end", 0.0),
+        ("simclr_apart", 0.0),
+        ("simclr_plain_end", 0.0),
+        ("simclr_sim_apart", 1.0),
+    ],
+    "moco": [("moco_third", 0.5), *((name, 0.5) for name in SIBLINGS), ("imix", 0.0)],
+    "byol": [("byol_third", 0.5)],
+}
 
 
 def built(file, name, size, device):
@@ -38,17 +54,18 @@ def built(file, name, size, device):
 
 
 def stepper(name, sim_weight, options, device):
-    """A function that takes one training step on random bytes."""
-    file, size = METHODS[name], options.image_size
+    """(the method, a function that takes one training step of it on random bytes)."""
+    file, size = {**METHODS, **SIBLINGS, **CANDIDATES}[name], options.image_size
     model, optimizer = built(file, options.backbone, size, device)
     recipes, draws = file.views(size), torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (options.batch_size, 3, size, size), dtype=torch.uint8, device=device)
+    sample, kind = getattr(file, "sample_mixture", sample_mixture), dict(kind="cutmix", alpha=1.0, per_sample=True)
 
     def step():
-        a, b = (make_view(images, recipe, generator=draws) for recipe in recipes)
+        a, b = (THIRD.make_view(images, recipe, generator=draws) for recipe in recipes)
         mixture = None
         if sim_weight < 1:
-            mixture = sample_mixture(torch.cat([a, b], 1) if model.both_views else a, generator=draws)
+            mixture = sample(torch.cat([a, b], 1) if model.both_views else a, **kind, generator=draws)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
             losses = model(a, b, mixture, sim_weight > 0)
         objective(losses, sim_weight).backward()
@@ -58,32 +75,59 @@ def stepper(name, sim_weight, options, device):
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return step
+    return model, step
+
+
+def passes_of(model, step, images: int) -> list[float]:
+    """Passes through the backbone, and through copies of it, for each of `images`: [with a gradient, without]."""
+    seen = [0, 0]
+
+    def count(module, inputs, output):
+        seen[not torch.is_grad_enabled()] += len(inputs[0])
+
+    handles = [m.register_forward_hook(count) for m in model.modules() if type(m) is type(model.backbone)]
+    step()
+    for handle in handles:
+        handle.remove()
+    return [number / images for number in seen]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--backbone", default="resnet_tiny")
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--out", type=Path, help="a file for a line of each row, which findings.py reads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(
-        f"torch {torch.__version__}, {device}, {options.threads} threads, {options.backbone}, {options.image_size} px,"
-    )
-    print(f"batch {options.batch_size}, {options.repeats} turns\n")
-    print("| method | SIM ms | BSIM / SIM | quartiles | allowed | both / SIM | quartiles |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, allowed in ALLOWED.items():
-        steps = {term: stepper(name, weight, options, device) for term, weight in WEIGHTS.items()}
+    print(machine("timm"))
+    print(f"{device}, {options.backbone}, {options.image_size} px", end="")
+    print(f", batch {options.batch_size}{', bf16' * options.bf16}, {options.repeats} turns\n")
+    print("| method | `sim_weight` | ms | over SIM's | quartiles | allowed | passes with a gradient | without |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    lines = []
+    for base in options.methods:
+        steps, passes = {}, {}
+        for key in [(base, 1.0), (base, 0.0), (base, 0.5), *MORE.get(base, [])]:
+            model, steps[key] = stepper(*key, options, device)
+            passes[key] = passes_of(model, steps[key], options.batch_size)
         seconds = in_turns(steps, options.repeats)
-        pure, both = (spread([s / sim for s, sim in zip(seconds[term], seconds["SIM"])]) for term in ("BSIM", "both"))
-        row = f"{1000 * spread(seconds['SIM'])[0]:.0f} | {pure[0]:.2f} | {pure[1]:.2f} to {pure[2]:.2f}"
-        print(f"| {name} | {row} | {allowed:.2f} | {both[0]:.2f} | {both[1]:.2f} to {both[2]:.2f} |", flush=True)
+        for (name, weight), seen in seconds.items():
+            ratio, low, high = spread([own / sim for own, sim in zip(seen, seconds[base, 1.0])])
+            middle, (some, others) = 1000 * spread(seen)[0], passes[name, weight]
+            quartiles = "" if weight == 1 else f"{low:.2f} to {high:.2f}"
+            allowed = f"{ALLOWED[base]:.2f}" if (name, weight) == (base, 0.0) else ""
+            row = f"{name} | {weight:g} | {middle:.0f} | {ratio:.2f} | {quartiles} | {allowed} | {some:g} | {others:g}"
+            print(f"| {row} |", flush=True)
+            lines.append({"method": name, "sim_weight": weight, "ms": middle, "ratio": ratio, "low": low, "high": high})
+            lines[-1] |= {"passes": passes[name, weight], "batch_size": options.batch_size, "bf16": options.bf16}
+    if options.out:
+        write(options.out, lambda file: file.write_text("".join(json.dumps(line) + "\n" for line in lines)))
 
 
 if __name__ == "__main__":

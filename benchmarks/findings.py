@@ -2,7 +2,8 @@
 
     python benchmarks/findings.py runs/study/results.jsonl --out runs/findings
 
-The file is what benchmarks/study.py leaves: a line a cell.
+The file is what benchmarks/study.py leaves: a line a cell. A cost is what results/cost.jsonl holds of a step, over
+SIM's, times the epochs: 120 is SIM of 120 epochs.
 """
 
 import argparse
@@ -36,6 +37,11 @@ SETTINGS = ("method", "sim_weight", "epochs", "mix", "alpha", "per_sample", "tem
 USUAL = {"mix": "cutmix", "alpha": 1.0, "per_sample": True, "temperature": 0.2}  # the defaults for small images
 # Encoder passes of an image in a step: what half SIM, half BSIM pays more than SIM (methods/*.py).
 MORE_PASSES = {"simclr": 3 / 2, "moco": 3 / 2, "mocov3": 6 / 4, "byol": 6 / 4, "simsiam": 4 / 2}
+# {(method, sim_weight): a line of cost.py}, measured in the study's own setting.
+STEPS = {
+    (line["method"], line["sim_weight"]): line
+    for line in map(json.loads, (Path(__file__).parent / "results" / "cost.jsonl").read_text().splitlines())
+}
 MARKS = {"simclr": "o", "moco": "s", "mocov3": "v", "byol": "^", "simsiam": "D"}
 
 
@@ -65,12 +71,21 @@ def plain_of(settings: dict, groups: dict, long_enough) -> tuple | None:
     return None
 
 
+def cost_of(settings: dict) -> float | None:
+    """In epochs of SIM; None for a step that was not measured."""
+    step = STEPS.get((settings["method"], settings["sim_weight"]))
+    return step and step["ratio"] * settings["epochs"]
+
+
 def words_of(settings: dict) -> list[str]:
-    """A row's head: method, sim_weight, what is not the default, epochs."""
+    """A row's head: method, sim_weight, what is not the default, epochs, cost, passes with and without a gradient."""
     shown = [k for k in USUAL if settings[k] not in (USUAL[k], None)]
     shown = [k for k in shown if settings["sim_weight"] < 1 or k == "temperature"]  # SIM has no mixture
     other = ", ".join(f"{k} {settings[k]}" for k in shown)
-    return [settings["method"], f"{settings['sim_weight']:g}", other, str(settings["epochs"])]
+    step, cost = STEPS.get((settings["method"], settings["sim_weight"])), cost_of(settings)
+    passes = "{:g} + {:g}".format(*step["passes"]) if step else ""
+    head = [settings["method"], f"{settings['sim_weight']:g}", other, str(settings["epochs"])]
+    return [*head, "" if cost is None else f"{cost:.0f}", passes]
 
 
 def digits_of(metric: str) -> int:
@@ -103,7 +118,9 @@ def means(groups: dict, chosen, **versus) -> str:
             row += [difference(groups[other], values, m) if other not in (None, group) else "" for m in COLUMNS[name]]
         rows.append(row)
     compared = [f"{METRICS[metric]} - {name}" for name in versus for metric in COLUMNS[name]]
-    return table(rows, ["method", "sim_weight", "else", "epochs", *METRICS.values(), "seeds", *compared])
+    return table(
+        rows, ["method", "sim_weight", "else", "epochs", "cost", "passes", *METRICS.values(), "seeds", *compared]
+    )
 
 
 def ranks(lines: list[dict]) -> str:

@@ -1,4 +1,4 @@
-"""nt_xent against lightly's, solo-learn's and a plain one, both passes: time in turns, memory beyond the inputs.
+"""Losses and uniformity against lightly's, solo-learn's and plain ones: time in turns, memory beyond the inputs.
 
     python benchmarks/losses.py --threads 1 --sizes 256 2048 8192
     python benchmarks/losses.py --threads 2 --sizes 8192 --busy 1
@@ -14,7 +14,6 @@ that would hide ours, so it goes elsewhere: pip install --no-deps --target SOLO 
 import argparse
 import subprocess
 import sys
-from contextlib import ExitStack
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -23,12 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from turns import in_turns, machine, spread  # noqa: E402
+from turns import disturbed_by, in_turns, machine, spread  # noqa: E402
 
-from bsim import info_nce, nt_xent  # noqa: E402
+from bsim import info_nce, nt_xent, uniformity  # noqa: E402
 
 D, TEMPERATURE = 128, 0.2
-BUSY = "import torch; torch.set_num_threads(1); x = torch.randn(512, 512)\nwhile True: x @ x"
 
 
 def plain(a, b):
@@ -88,6 +86,13 @@ def queue_contenders(n: int, k: int) -> dict:
     return {"ours": lambda: info_nce(queries, keys, queue, TEMPERATURE).backward(), "concatenated": concatenated}
 
 
+def sphere_contenders(n: int) -> dict:
+    x = F.normalize(torch.randn(n, D, generator=torch.Generator().manual_seed(0)), dim=1)
+    # As Wang and Isola publish it.
+    published = {"published": lambda: torch.pdist(x).pow(2).mul(-2).exp().mean().log()}
+    return {"ours": lambda: uniformity(x)} | published
+
+
 def peak_of(kind: str, name: str, sizes: list[int], threads: int) -> float:
     """MB of one call beyond what stands before it, in a process of its own."""
     program = f"""
@@ -119,9 +124,7 @@ def main():
     parser.add_argument("--busy", type=int, default=0, help="other processes that work meanwhile")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    with ExitStack() as others:
-        for _ in range(options.busy):
-            others.callback(subprocess.Popen([sys.executable, "-c", BUSY]).kill)
+    with disturbed_by(options.busy):
         measure(options)
 
 
@@ -139,10 +142,14 @@ def measure(options):
             middle, low, high = (1000 * x for x in spread(seconds))
             memory = peak_of("contenders", name, [n], options.threads)
             print(f"| {n:,} | {name} | {middle:.0f} | {low:.0f} to {high:.0f} | {memory:.0f} |", flush=True)
-    for name, seconds in in_turns(queue_contenders(256, 65536), options.repeats).items():
-        middle, low, high = (1000 * x for x in spread(seconds))
-        memory = peak_of("queue_contenders", name, [256, 65536], options.threads)
-        print(f"| 256, queue of 65,536 | info_nce, {name} | {middle:.0f} | {low:.0f} to {high:.0f} | {memory:.0f} |")
+    for kind, sizes, said in (
+        ("queue_contenders", [256, 65536], "256, queue of 65,536 | info_nce"),
+        ("sphere_contenders", [8192], "8,192 | uniformity, forward"),
+    ):
+        for name, seconds in in_turns(globals()[kind](*sizes), options.repeats).items():
+            middle, low, high = (1000 * x for x in spread(seconds))
+            memory = peak_of(kind, name, sizes, options.threads)
+            print(f"| {said}, {name} | {middle:.0f} | {low:.0f} to {high:.0f} | {memory:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from views import smooth  # noqa: E402
 from bsim import make_view, sample_mixture  # noqa: E402
 from data import Source  # noqa: E402
 from loading.batches import VIEW, Batches, Feed, generator  # noqa: E402
+from loading.images import Met  # noqa: E402
 from methods import METHODS  # noqa: E402
 from methods.networks import backbone  # noqa: E402
 from train import objective  # noqa: E402
@@ -97,8 +98,8 @@ class InMemory(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
-    def pair(self, rows, recipes, generator):
-        return self.images[rows], self.images[rows], []
+    def pair(self, rows, recipes, generator, among=None):
+        return self.images[rows], self.images[rows], Met([], rows.tolist(), [])
 
 
 def ours(name, images, options, device):
@@ -137,7 +138,7 @@ def ours(name, images, options, device):
         with part("logging"):
             if i % 10 == 9:  # as often as train.py
                 z = F.normalize(losses.embeddings.detach().float(), dim=1)
-                float(z.std(0).mean()), float(loss)
+                float(z.std(0).mean()), float(loss.detach())
 
     return step
 
@@ -181,7 +182,7 @@ def lightlys(images, options, device):
             optimizer.zero_grad()
         with part("logging"):
             if i % 10 == 9:
-                float(loss)
+                float(loss.detach())
 
     return step
 

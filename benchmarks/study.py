@@ -2,6 +2,7 @@
 
     python benchmarks/study.py --dataset DIR --out runs/study --jobs 2 --grids methods passes
     python benchmarks/study.py --dataset DIR --out runs/study --jobs 2 --grids length mixtures siblings --best simclr
+    python benchmarks/study.py --dataset DIR --out runs/curve --grids cost candidates controls
 
 A finished cell is not run again and a broken one is resumed, so the same command ends what was interrupted.
 Leaves the runs, results.jsonl with a line a cell, findings.md and uniformity.png (which findings.py makes again from
@@ -40,7 +41,9 @@ from training.weights import Backbone  # noqa: E402
 
 WEIGHTS = (1.0, 0.5, 0.0)
 SIBLINGS = ("imix", "unmix", "mixco", "keymix")
-CANDIDATES = ("simclr_apart", "simclr_plain_end", "simclr_apart_plain_end", "simclr_third", "moco_third", "byol_third")
+PARTS = ("simclr_apart", "simclr_plain_end")
+CONTROLS = ("simclr_third", "moco_third", "byol_third")
+CANDIDATES = (*PARTS, "simclr_apart_plain_end", "simclr_sim_apart", *CONTROLS)
 SIZES = {
     "small": {"split": "train[:5000]", "backbone": "resnet_tiny", "epochs": 30, "mixed_precision": "bf16"},
     "full": {"backbone": "resnet18", "epochs": 200, "mixed_precision": "bf16"},
@@ -75,9 +78,16 @@ def cells_of(grid: str, best: str, epochs: int) -> list[dict]:
             *({"method": m, **both, "mix": mix} for m, mix in kinds),
         ]
         return [*found, {"method": "imix", "sim_weight": 0.0, "mix": "mixup"}]
-    if grid == "candidates":  # what may pay at the cost of SIM, with SIM as long
-        names = [("simclr", 1.0), ("simclr_apart_plain_end", 0.0)]
+    if grid == "candidates":  # what may pay at the cost of SIM, each part alone, with SIM as long and SIM apart
+        names = [("simclr", 1.0), ("simclr", 0.0), ("simclr_sim_apart", 1.0), *((part, 0.0) for part in PARTS)]
         return [{"method": m, "sim_weight": w, "epochs": 4 * epochs} for m, w in names]
+    if grid == "controls":  # a third plain view in the place of the mixture, as long as SIM and at its cost
+        lengths = {m: (4 * epochs, round(4 * epochs / MORE_PASSES[m.removesuffix("_third")])) for m in CONTROLS}
+        return [{"method": m, **both, "epochs": length} for m in CONTROLS for length in lengths[m]]
+    if grid == "cost":  # cost_curve.py: each kind at the cost of SIM's lengths
+        kinds = [("simclr", 1.0, 1), ("simclr_third", 0.5, 3 / 2), ("simclr", 0.5, 3 / 2), ("simclr", 0.0, 1)]
+        lengths = [length * epochs for length in (1, 2, 4, 8)]
+        return [{"method": m, "sim_weight": w, "epochs": round(e / more)} for e in lengths for m, w, more in kinds]
     raise ValueError(grid)
 
 
@@ -220,7 +230,10 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--epochs", type=int, help="in the place of the size's own")
     parser.add_argument(
-        "--grids", nargs="+", default=["methods"], help="methods passes length mixtures siblings candidates"
+        "--grids",
+        nargs="+",
+        default=["methods"],
+        help="methods passes length mixtures siblings candidates controls cost",
     )
     parser.add_argument("--best", choices=METHODS, default="simclr", help="the method that gained most by `methods`")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

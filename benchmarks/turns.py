@@ -2,10 +2,23 @@
 
 import platform
 import statistics
+import subprocess
+import sys
 import time
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+BUSY = "import torch; torch.set_num_threads(1); x = torch.randn(512, 512)\nwhile True: x @ x"
+
+
+def disturbed_by(count: int) -> ExitStack:
+    """A context in which so many other processes multiply matrices, a core each."""
+    others = ExitStack()
+    for _ in range(count):
+        others.callback(subprocess.Popen([sys.executable, "-c", BUSY]).kill)
+    return others
 
 
 def in_turns(contenders: dict, repeats: int) -> dict:

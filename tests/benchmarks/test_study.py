@@ -12,6 +12,7 @@ from methods import METHODS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import cost_curve  # noqa: E402
 import findings  # noqa: E402
 import study  # noqa: E402
 
@@ -58,6 +59,13 @@ def test_the_grids_are_those_that_the_claims_need():
     kinds = [{k: v for k, v in cell.items() if k not in ("method", "sim_weight")} for cell in everything["mixtures"]]
     for kind in ({"alpha": 0.2}, {"alpha": 2.0}, {"mix": "mixup"}, {"mix": "either"}, {"per_sample": False}):
         assert kind in kinds
+    cost = {(cell["method"], cell["sim_weight"], cell["epochs"]) for cell in study.cells_of("cost", "moco", 30)}
+    assert cost == {
+        *((m, w, e) for m, w in (("simclr", 1.0), ("simclr", 0.0)) for e in (30, 60, 120, 240)),
+        *((m, 0.5, e) for m in ("simclr", "simclr_third") for e in (20, 40, 80, 160)),
+    }
+    controls = {(cell["method"], cell["epochs"]) for cell in study.cells_of("controls", "moco", 30)}
+    assert controls == {(f"{m}_third", e) for m in ("simclr", "moco", "byol") for e in (120, 80)}
     for cells in everything.values():
         assert len({study.name_of(cell) for cell in cells}) == len(cells)
 
@@ -118,17 +126,17 @@ def test_differences_are_from_sim_at_equal_steps_and_at_equal_passes(cells):
 
     by_weight = {row[1]: row for row in rows["SIM, both and BSIM, at equal steps"][2:]}
     assert by_weight.keys() == {"1", "0.5", "0"}
-    assert by_weight["0.5"][4] == f"{132.5 / 3:.1f} ± {stats.tstd(KNN[0.5]):.1f}" and by_weight["0.5"][9] == "3"
-    assert by_weight["1"][10:] == [""] * 4 and by_weight["0.5"][10:12] == [interval(KNN[0.5])] * 2
-    assert by_weight["0"][10] == interval(KNN[0.0])
+    assert by_weight["0.5"][6] == f"{132.5 / 3:.1f} ± {stats.tstd(KNN[0.5]):.1f}" and by_weight["0.5"][11] == "3"
+    assert by_weight["1"][12:] == [""] * 4 and by_weight["0.5"][12:14] == [interval(KNN[0.5])] * 2
+    assert by_weight["0"][12] == interval(KNN[0.0])
     (passes,) = rows["Both, at as many encoder passes as SIM"][2:]
     fewer = [v + 2 + i for i, v in enumerate(KNN[1.0])]
     assert passes[:4] == ["moco", "0.5", "", "20"]
-    assert passes[10] == interval(fewer) and passes[14] == interval(fewer, KNN[0.0])
+    assert passes[12] == interval(fewer) and passes[16] == interval(fewer, KNN[0.0])
     (sibling,) = rows["Siblings and candidates, against the SIM of their method"][2:]
     assert sibling[:4] == ["imix", "0.5", "mix mixup", "30"]
     theirs = [v - 1 - i for i, v in enumerate(KNN[1.0])]
-    assert sibling[10] == interval(theirs) and sibling[14] == interval(theirs, KNN[0.5])
+    assert sibling[12] == interval(theirs) and sibling[16] == interval(theirs, KNN[0.5])
     assert rows["Without training"][-1][:2] == ["random", "20.5"] and rows["Without training"][-1][-1] == "2"
     ranks = next(
         row
@@ -138,7 +146,7 @@ def test_differences_are_from_sim_at_equal_steps_and_at_equal_passes(cells):
         if row[0] == "moco"
     )
     assert ranks[1] == "9" and ranks[2].startswith("-1.00 ")  # uniformity is -k-NN / 10 there
-    assert by_weight["0.5"][12] == "-0.22 (-0.41 to -0.03)"
+    assert by_weight["0.5"][14] == "-0.22 (-0.41 to -0.03)"
 
 
 def test_a_method_without_temperature_is_compared_with_its_usual_mixture():
@@ -162,3 +170,54 @@ def test_the_study_leaves_its_results_findings_and_tables(cells, capsys):
     assert "moco" in (cells / "compare-001" / "compare.md").read_text()
     study.conclude(cells, type("Options", (), {"best": "moco"}), "abc1234")
     assert (cells / "compare-002").exists() and (cells / "uniformity.png").stat().st_size > 1000
+
+
+def test_a_row_says_what_its_steps_cost(monkeypatch):
+    steps = {("moco", 0.5): {"ratio": 1.5, "passes": [2, 1]}, ("moco", 1.0): {"ratio": 1.0, "passes": [1, 1]}}
+    monkeypatch.setattr(findings, "STEPS", steps)
+    lines = []
+    for weight in (1.0, 0.5, 0.0):
+        settings = {"method": "moco", "sim_weight": weight, "epochs": 30, "seed": 0, **findings.USUAL}
+        lines.append({"cell": "x", "settings": settings, "metrics": {"knn top1": 40.0}})
+    said = [[word.strip() for word in row.split("|")] for row in findings.report(lines).splitlines()]
+    rows = [row for row in said if row[1:2] == ["moco"]]
+    assert [row[5:7] for row in rows[:3]] == [["30", "1 + 1"], ["45", "2 + 1"], ["", ""]]  # the last was not measured
+
+
+def test_the_curve_compares_at_equal_cost(monkeypatch, place):
+    ratios = {("simclr", 1.0): 1.0, ("simclr", 0.5): 1.5, ("simclr_third", 0.5): 1.6, ("simclr", 0.0): 1.02}
+    monkeypatch.setattr(findings, "STEPS", {key: {"ratio": ratio} for key, ratio in ratios.items()})
+
+    def line(method, weight, epochs, seed, value, **more):
+        settings = {"method": method, "sim_weight": weight, "epochs": epochs, "seed": seed, **more}
+        return {"cell": method, "settings": settings, "metrics": {"knn top1": value}}
+
+    lines = []
+    for seed, value in enumerate((40.0, 41.0, 45.0)):
+        lines += [line("simclr", 1.0, 120, seed, value), line("simclr", 1.0, 240, seed, value + 9)]
+        lines += [line("simclr", 0.5, 80, seed, value + 2 + seed), line("simclr_third", 0.5, 75, seed, value + 1)]
+        lines += [line("simclr", 0.0, 120, seed, value - 9)]  # BSIM as it was is no point
+        old = "simclr_apart_plain_end" if seed else "simclr"
+        lines += [line(old, 0.0, 120, seed, value + 3, **({} if seed else {"mix_until": 0.75}))]
+    lines += [line("random", 1.0, 0, 0, 1.0), line("moco", 0.5, 80, 0, 1.0)]
+    found = cost_curve.points_of(lines)
+    assert {kind: [(round(cost), epochs) for cost, epochs, _ in points] for kind, points in found.items()} == {
+        "SIM": [(120, 120), (240, 240)],
+        "SIM, third view": [(120, 75)],
+        "half SIM, half BSIM": [(120, 80)],
+        "BSIM": [(122, 120)],
+    }
+    rows = {tuple(w.strip() for w in row.split("|")[1:3]): row for row in cost_curve.rows_of(found).splitlines()}
+    low, high = stats.t.interval(0.95, 2, loc=3, scale=stats.sem([2, 3, 4]))
+    assert f"| 45.0 ± 3.6 (3) | +3.0 ({low:+.1f} to {high:+.1f}) |" in rows["half SIM, half BSIM", "80"]
+    assert "| 45.0 ± 2.6 (3) | +3.0 (+3.0 to +3.0) | +2.0 (+2.0 to +2.0) |" in rows["BSIM", "120"]
+    cost_curve.draw(place / "cost.png", found)
+    assert (place / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_passes_that_are_counted_are_those_of_the_methods():
+    measured = {key: step["passes"] for key, step in findings.STEPS.items()}
+    for name, more in findings.MORE_PASSES.items():
+        assert sum(measured[name, 0.5]) / sum(measured[name, 1.0]) == more
+    assert measured["simclr_third", 0.5] == measured["simclr", 0.5] == [3, 0]
+    assert measured["moco", 1.0] == [1, 1] and measured["byol_third", 0.5] == [4, 2]

@@ -1,0 +1,131 @@
+"""Accuracy against what it costs, SimCLR: SIM, SIM with a third plain view, half SIM, half BSIM, and pure BSIM.
+
+    python benchmarks/cost_curve.py [RESULTS.jsonl ...] --out docs/cost.png
+
+Reads the lines that study.py leaves (default: those in benchmarks/results), prints a table, and draws k-NN, linear and
+five labels a class: means over the seeds, and a band of one standard deviation. A cost is in epochs of SIM, as
+findings.py has it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from findings import cost_of, difference, digits_of, groups_of  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import NullLocator, ScalarFormatter  # noqa: E402
+
+from eval.compare import spread  # noqa: E402
+from eval.results import table  # noqa: E402
+from training.folder import write  # noqa: E402
+from training.pictures import BOTH, BSIM, OTHER, SIM  # noqa: E402
+
+# Of a cell in two files the later is shown.
+FILES = ("small.jsonl", "length.jsonl", "candidates.jsonl", "cost_curve.jsonl")
+DEFAULT = [file for name in FILES if (file := Path(__file__).parent / "results" / name).exists()]
+METRICS = {"knn top1": "k-NN", "linear features top1": "linear", "knn five_labels": "five labels a class"}
+# Pure BSIM is the default since it sends mixtures through apart and ends with plain pairs; before, a candidate.
+KINDS = {
+    "SIM": ([("simclr", 1.0)], SIM),
+    "SIM, third view": ([("simclr_third", 0.5)], OTHER),
+    "half SIM, half BSIM": ([("simclr", 0.5)], BOTH),
+    "BSIM": ([("simclr", 0.0), ("simclr_apart_plain_end", 0.0)], BSIM),
+}
+NEAR = 0.06  # costs that differ by less are equal
+
+
+def lines_of(files: list[Path]) -> list[dict]:
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def kind_of(settings: dict) -> str | None:
+    old = (settings["method"], settings["sim_weight"]) == ("simclr", 0.0) and settings.get("mix_until", 1) == 1
+    found = [name for name, (cells, _) in KINDS.items() if (settings["method"], settings["sim_weight"]) in cells]
+    return found[0] if found and not old else None
+
+
+def points_of(lines: list[dict]) -> dict:
+    """{kind: [(cost, epochs, {metric: {seed: value}}), ...] by cost}."""
+    own = {}
+    for line in lines:
+        kind = kind_of(line["settings"]) if "sim_weight" in line["settings"] else None
+        if kind:
+            method = KINDS[kind][0][0][0]  # the candidate's lines, and its lines as the default, are of one kind
+            settings = {**line["settings"], "method": method}
+            own[kind, settings["epochs"], settings["seed"]] = {**line, "settings": settings}
+    found = {}
+    for kind in KINDS:
+        groups = groups_of([line for (name, *_), line in own.items() if name == kind])
+        points = {}
+        for settings, metrics in groups.items():
+            method, weight, epochs = settings[:3]
+            cost = cost_of({"method": method, "sim_weight": weight, "epochs": epochs})
+            merged = points.setdefault((cost, epochs), {})
+            for metric, values in metrics.items():
+                merged.setdefault(metric, {}).update(values)
+        found[kind] = sorted((*key, values) for key, values in points.items())
+    return found
+
+
+def at_cost(points: list, cost: float) -> dict:
+    """The metrics of the point of this cost; nothing where there is none."""
+    near = [(abs(own / cost - 1), values) for own, _, values in points]
+    best = min(near, key=lambda pair: pair[0], default=(1, {}))
+    return best[1] if best[0] < NEAR else {}
+
+
+def rows_of(found: dict) -> str:
+    rows, plain, third = [], found["SIM"], found["SIM, third view"]
+    for kind, points in found.items():
+        for cost, epochs, values in points:
+            row = [kind, str(epochs), f"{cost:.0f}"]
+            for metric in METRICS:
+                of = spread(values[metric].values()) if metric in values else None
+                deviation = f" ± {of['std']:.1f} ({of['seeds']})" if of and of["std"] is not None else ""
+                row.append(f"{of['mean']:.{digits_of('knn top1')}f}{deviation}" if of else "")
+                for name, others in (("SIM", plain), ("SIM, third view", third)):
+                    row.append("" if kind in ("SIM", name) else difference(at_cost(others, cost), values, metric))
+            rows.append(row)
+    head = [word for metric in METRICS.values() for word in (f"{metric} (seeds)", "- SIM", "- third view")]
+    return table(rows, ["", "epochs", "cost", *head])
+
+
+def draw(path: Path, found: dict) -> None:
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    axes = figure.subplots(1, len(METRICS))
+    for axis, (metric, name) in zip(axes, METRICS.items()):
+        for kind, points in found.items():
+            shown = [(cost, spread(values[metric].values())) for cost, _, values in points if metric in values]
+            costs, middle = [cost for cost, _ in shown], [of["mean"] for _, of in shown]
+            wide, colour = [of["std"] or 0 for _, of in shown], KINDS[kind][1]
+            axis.plot(costs, middle, "o-", color=colour, markersize=4, label=kind)
+            low, high = ([m + sign * w for m, w in zip(middle, wide)] for sign in (-1, 1))
+            axis.fill_between(costs, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set_xscale("log")
+        axis.set_xticks([30, 60, 120, 240])
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xlabel("cost, in epochs of SIM")
+        axis.set_title(name)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("top-1 (%)")
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
+    write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", type=Path, default=DEFAULT)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    found = points_of(lines_of(options.results))
+    print(rows_of(found))
+    draw(options.out, found)
+
+
+if __name__ == "__main__":
+    main()
