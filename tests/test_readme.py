@@ -165,7 +165,7 @@ def test_every_flag_it_names_exists():
     launchers = {"--multi_gpu", "--num_processes", "--num_cpu_threads_per_process", "--nproc-per-node", "--help"}
     launchers |= {"--logdir", "--config_file", "--machine_rank", "--main_process_ip"}
     scripts = "".join(path.read_text() for path in (Path(__file__).parent.parent / "benchmarks").glob("*.py"))
-    elsewhere = launchers | set(re.findall(r'add_argument\(\s*"(--[a-z_]+)"', scripts))
+    elsewhere = launchers | set(re.findall(r'add_argument\(\s*"(--[a-z_0-9]+)"', scripts))
     known = set(kinds_of(pretrain.settings))
     for name in EVALUATIONS:
         known |= set(kinds_of(getattr(import_module(f"eval.{name}"), name).settings))
