@@ -8,13 +8,12 @@ findings.py has it.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from findings import cost_of, difference, digits_of, groups_of  # noqa: E402
+from findings import RESULTS, cost_of, difference, digits_of, lines_of  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import NullLocator, ScalarFormatter  # noqa: E402
 
@@ -25,7 +24,7 @@ from training.pictures import BOTH, BSIM, OTHER, SIM  # noqa: E402
 
 # Of a cell in two files the later is shown.
 FILES = ("small.jsonl", "length.jsonl", "candidates.jsonl", "cost_curve.jsonl")
-DEFAULT = [file for name in FILES if (file := Path(__file__).parent / "results" / name).exists()]
+DEFAULT = [RESULTS / name for name in FILES if (RESULTS / name).exists()]
 METRICS = {"knn top1": "k-NN", "linear features top1": "linear", "knn five_labels": "five labels a class"}
 # Pure BSIM is the default since it sends mixtures through apart and ends with plain pairs; before, a candidate.
 KINDS = {
@@ -37,37 +36,31 @@ KINDS = {
 NEAR = 0.06  # costs that differ by less are equal
 
 
-def lines_of(files: list[Path]) -> list[dict]:
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
-
-
 def kind_of(settings: dict) -> str | None:
-    old = (settings["method"], settings["sim_weight"]) == ("simclr", 0.0) and settings.get("mix_until", 1) == 1
-    found = [name for name, (cells, _) in KINDS.items() if (settings["method"], settings["sim_weight"]) in cells]
+    cell = settings["method"], settings.get("sim_weight")
+    old = cell == ("simclr", 0.0) and settings.get("mix_until", 1) == 1
+    found = [name for name, (cells, _) in KINDS.items() if cell in cells]
     return found[0] if found and not old else None
 
 
 def points_of(lines: list[dict]) -> dict:
-    """{kind: [(cost, epochs, {metric: {seed: value}}), ...] by cost}."""
-    own = {}
+    """{kind: [(cost, epochs, {metric: {seed: value}}), ...] by epochs}."""
+    cells = {}
     for line in lines:
-        kind = kind_of(line["settings"]) if "sim_weight" in line["settings"] else None
+        kind = kind_of(line["settings"])
         if kind:
-            method = KINDS[kind][0][0][0]  # the candidate's lines, and its lines as the default, are of one kind
-            settings = {**line["settings"], "method": method}
-            own[kind, settings["epochs"], settings["seed"]] = {**line, "settings": settings}
-    found = {}
-    for kind in KINDS:
-        groups = groups_of([line for (name, *_), line in own.items() if name == kind])
-        points = {}
-        for settings, metrics in groups.items():
-            method, weight, epochs = settings[:3]
-            cost = cost_of({"method": method, "sim_weight": weight, "epochs": epochs})
-            merged = points.setdefault((cost, epochs), {})
-            for metric, values in metrics.items():
-                merged.setdefault(metric, {}).update(values)
-        found[kind] = sorted((*key, values) for key, values in points.items())
-    return found
+            cells[kind, line["settings"]["epochs"], line["settings"]["seed"]] = line["metrics"]
+    found: dict[str, dict] = {kind: {} for kind in KINDS}
+    for (kind, epochs, seed), metrics in cells.items():
+        values = found[kind].setdefault(epochs, {})
+        for metric, value in metrics.items():
+            values.setdefault(metric, {})[seed] = value
+    # The candidate's step is that of the default that it became.
+    heads = {kind: dict(zip(("method", "sim_weight"), names[0])) for kind, (names, _) in KINDS.items()}
+    return {
+        kind: [(cost_of({**heads[kind], "epochs": epochs}), epochs, values) for epochs, values in sorted(of.items())]
+        for kind, of in found.items()
+    }
 
 
 def at_cost(points: list, cost: float) -> dict:
@@ -85,7 +78,7 @@ def rows_of(found: dict) -> str:
             for metric in METRICS:
                 of = spread(values[metric].values()) if metric in values else None
                 deviation = f" ± {of['std']:.1f} ({of['seeds']})" if of and of["std"] is not None else ""
-                row.append(f"{of['mean']:.{digits_of('knn top1')}f}{deviation}" if of else "")
+                row.append(f"{of['mean']:.{digits_of(metric)}f}{deviation}" if of else "")
                 for name, others in (("SIM", plain), ("SIM, third view", third)):
                     row.append("" if kind in ("SIM", name) else difference(at_cost(others, cost), values, metric))
             rows.append(row)
@@ -122,7 +115,7 @@ def main():
     parser.add_argument("results", nargs="*", type=Path, default=DEFAULT)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    found = points_of(lines_of(options.results))
+    found = points_of([line for file in options.results for line in lines_of(file)])
     print(rows_of(found))
     draw(options.out, found)
 

@@ -37,12 +37,16 @@ SETTINGS = ("method", "sim_weight", "epochs", "mix", "alpha", "per_sample", "tem
 USUAL = {"mix": "cutmix", "alpha": 1.0, "per_sample": True, "temperature": 0.2}  # the defaults for small images
 # Encoder passes of an image in a step: what half SIM, half BSIM pays more than SIM (methods/*.py).
 MORE_PASSES = {"simclr": 3 / 2, "moco": 3 / 2, "mocov3": 6 / 4, "byol": 6 / 4, "simsiam": 4 / 2}
-# {(method, sim_weight): a line of cost.py}, measured in the study's own setting.
-STEPS = {
-    (line["method"], line["sim_weight"]): line
-    for line in map(json.loads, (Path(__file__).parent / "results" / "cost.jsonl").read_text().splitlines())
-}
+RESULTS = Path(__file__).parent / "results"
 MARKS = {"simclr": "o", "moco": "s", "mocov3": "v", "byol": "^", "simsiam": "D"}
+
+
+def lines_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# {(method, sim_weight): a line of cost.py}, measured in the study's own setting.
+STEPS = {(line["method"], line["sim_weight"]): line for line in lines_of(RESULTS / "cost.jsonl")}
 
 
 def groups_of(lines: list[dict]) -> dict:
@@ -89,7 +93,7 @@ def words_of(settings: dict) -> list[str]:
 
 
 def digits_of(metric: str) -> int:
-    return 1 if metric in JUDGED else 2
+    return 1 if metric.startswith(("knn ", "linear ")) else 2
 
 
 def difference(one: dict, two: dict, metric: str) -> str:
@@ -234,7 +238,7 @@ def main():
     parser.add_argument("results")
     parser.add_argument("--out", help="a folder for findings.md and uniformity.png")
     options = parser.parse_args()
-    lines = [json.loads(line) for line in Path(options.results).read_text().splitlines()]
+    lines = lines_of(Path(options.results))
     text = report(lines)
     print(text)
     if options.out:
