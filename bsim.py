@@ -224,18 +224,21 @@ WHOLE, TILE, GPU_TILE = 1 << 18, 512, 8192
 
 
 def _whole(rows, columns, temperature):
-    """Whether to hold the matrix: it is small, or e^(-2 / temperature) would vanish, or the temperature is learnt."""
+    """Whether to hold the matrix: it is small, or e^(1 / temperature) is large, or the temperature is learnt."""
     return rows * columns <= WHOLE or isinstance(temperature, Tensor) or temperature < 0.025
 
 
-def _tiles(x):
+def _side(x):
     several = not torch.compiler.is_compiling() and torch.get_num_threads() > 1
-    size = TILE * (1 + several) if x.device.type == "cpu" else GPU_TILE
-    return range(0, len(x), size), size
+    return TILE * (1 + several) if x.device.type == "cpu" else GPU_TILE
+
+
+def _parts(n, size):
+    return [slice(i, i + size) for i in range(0, n, size)]
 
 
 class _SelfSpread(torch.autograd.Function):
-    """log sum over j != i of e^(x_i . x_j), [N], for x [N, D] with |x_i|^2 <= bound; and the sums of e^(... - bound).
+    """log sum over j != i of e^(x_i . x_j), [N], for x [N, D]; and the sums.
 
     A tile and its mirror image are computed once, forward and again backward; memory grows with N. A gradient that is
     to be differentiated again (create_graph, torch.func) is taken of the whole matrix.
@@ -244,20 +247,19 @@ class _SelfSpread(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, bound):
-        sums, (starts, size) = x.new_zeros(len(x)), _tiles(x)
-        for i in starts:
-            for j in starts[i // size :]:
-                e = _exponentials(x[i : i + size], x[j : j + size], bound, i == j)
-                sums[i : i + size] += e.sum(1)
+    def forward(x):
+        sums, parts = x.new_zeros(len(x)), _parts(len(x), _side(x))
+        for number, i in enumerate(parts):
+            for j in parts[number:]:
+                e = _exponentials(x[i], x[j], i == j)
+                sums[i] += e.sum(1)
                 if i != j:
-                    sums[j : j + size] += e.sum(0)
-        return sums.log() + bound, sums
+                    sums[j] += e.sum(0)
+        return sums.log(), sums
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.bound = inputs
-        ctx.save_for_backward(x, output[1])
+        ctx.save_for_backward(*inputs, output[1])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
@@ -266,69 +268,68 @@ class _SelfSpread(torch.autograd.Function):
         with _exact(x):
             if torch.is_grad_enabled():
                 pull = grad[:, None] * _without_itself(x @ x.T).softmax(1)
-                return (pull + pull.T) @ x, None
-            return _SelfSpread.tiled(x, grad / sums, ctx.bound), None
+                return (pull + pull.T) @ x
+            return _SelfSpread.tiled(x, grad / sums)
 
     @staticmethod
-    def tiled(x, share, bound):
-        found, (starts, size) = torch.zeros_like(x), _tiles(x)
-        for i in starts:
-            for j in starts[i // size :]:
-                e = _exponentials(x[i : i + size], x[j : j + size], bound, i == j)
-                e *= share[i : i + size, None] + share[j : j + size]
-                found[i : i + size].addmm_(e, x[j : j + size])
+    def tiled(x, share):
+        found, parts = torch.zeros_like(x), _parts(len(x), _side(x))
+        for number, i in enumerate(parts):
+            for j in parts[number:]:
+                e = _exponentials(x[i], x[j], i == j)
+                e *= share[i, None] + share[j]
+                found[i].addmm_(e, x[j])
                 if i != j:
-                    found[j : j + size].addmm_(e.T, x[i : i + size])
+                    found[j].addmm_(e.T, x[i])
         return found
 
 
 class _Spread(torch.autograd.Function):
     """log sum over j of e^(scale x_i . y_j), [N], for x [N, D] of unit rows and y [K, D], whose rows are made unit.
 
-    Also returns the sums of e^(... - scale). Where y has a gradient its rows are unit already. As `_SelfSpread`, the
-    gradient is computed by tiles, or of the whole matrix where it is to be differentiated again.
+    Also returns the sums, and the mean of the y_j by these weights, [N, D], which is the gradient of x. Where y has a
+    gradient its rows are unit already; it is computed by tiles, or of the whole matrix where it is to be
+    differentiated again.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x, y, scale):
-        sums, (starts, size) = x.new_zeros(len(x)), _tiles(y)
-        for i in range(0, len(x), size):
-            for j in starts:
-                sums[i : i + size] += _exponentials(
-                    scale * x[i : i + size], _unit(y[j : j + size], x.dtype), scale
-                ).sum(1)
-        return sums.log() + scale, sums
+        sums, pull, scaled = x.new_zeros(len(x)), torch.zeros_like(x), scale * x
+        for i, j in _Spread.tiles(x, y):
+            unit = _unit(y[j], x.dtype)
+            e = _exponentials(scaled[i], unit)
+            sums[i] += e.sum(1)
+            pull[i] += e @ unit
+        return sums.log(), sums, pull / sums[:, None]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, y, ctx.scale = inputs
-        ctx.save_for_backward(x, y, output[1])
-        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, y, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    def backward(ctx, grad, _):
-        (x, y, sums), scale = ctx.saved_tensors, ctx.scale
+    def backward(ctx, grad, *_):
+        (x, y, sums, mean), scale, of_y = ctx.saved_tensors, ctx.scale, None
         with _exact(x):
             if torch.is_grad_enabled():
                 unit = y if ctx.needs_input_grad[1] else _unit(y, x.dtype)
                 pull = scale * grad[:, None] * (scale * x @ unit.T).softmax(1)
                 return pull @ unit, pull.T @ x if ctx.needs_input_grad[1] else None, None
-            return *_Spread.tiled(x, y, scale * grad / sums, scale, ctx.needs_input_grad[1]), None
+            if ctx.needs_input_grad[1]:
+                of_y, scaled, share = torch.zeros_like(y), scale * x, (grad / sums)[:, None]
+                for i, j in _Spread.tiles(x, y):
+                    of_y[j].addmm_(_exponentials(y[j], scaled[i]), share[i] * scaled[i])
+            return scale * grad[:, None] * mean, of_y, None
 
     @staticmethod
-    def tiled(x, y, share, scale, wants_y):
-        of_x, of_y, (starts, size) = torch.zeros_like(x), torch.zeros_like(y) if wants_y else None, _tiles(y)
-        for i in range(0, len(x), size):
-            for j in starts:
-                unit = _unit(y[j : j + size], x.dtype)
-                e = _exponentials(scale * x[i : i + size], unit, scale)
-                e *= share[i : i + size, None]
-                of_x[i : i + size].addmm_(e, unit)
-                if of_y is not None:
-                    of_y[j : j + size].addmm_(e.T, x[i : i + size])
-        return of_x, of_y
+    def tiles(x, y):
+        """Square, but wide where x has few rows."""
+        side = _side(x)
+        wide = max(side, 4 * side**2 // len(x))
+        return [(i, j) for i in _parts(len(x), side) for j in _parts(len(y), wide)]
 
 
 def _without_itself(scores):
@@ -336,9 +337,9 @@ def _without_itself(scores):
     return scores.masked_fill(torch.eye(len(scores), dtype=torch.bool, device=scores.device), -math.inf)
 
 
-def _exponentials(x, y, bound, same=False):
-    """e^(x_i . y_j - bound), 0 on the diagonal where x and y are the `same`."""
-    e = torch.addmm(x.new_full((), -bound), x, y.T).exp_()
+def _exponentials(x, y, same=False):
+    """e^(x_i . y_j), 0 on the diagonal where x and y are the `same`."""
+    e = (x @ y.T).exp_()
     if same:
         e.diagonal().zero_()  # which torch.func.vmap knows
     return e
@@ -347,7 +348,7 @@ def _exponentials(x, y, bound, same=False):
 def _spread_of_each(z, temperature):
     """log sum over j != i of e^(z_i . z_j / temperature), [N], for unit rows z [N, D]."""
     if not _whole(len(z), len(z), temperature):
-        return _SelfSpread.apply(z * temperature**-0.5, 1 / temperature)[0]
+        return _SelfSpread.apply(z * temperature**-0.5)[0]
     return _without_itself(z @ z.T / temperature).logsumexp(1)
 
 
@@ -496,14 +497,18 @@ def uniformity(x: Tensor, t: float = 2) -> Tensor:
     if x.dim() != 2 or len(x) < 2:
         raise ValueError(f"x: got shape {list(x.shape)}, want [N, D] with N of 2 or more")
     x, _ = _pair_of_unit(x, x)
-    found, rows, squares = [], max(1, (1 << 22) // len(x)), x.pow(2).sum(1)
+    dtype = x.dtype
+    if t > 20:  # e^(-4t) is no float32
+        x = x.double()
+    total, rows, weight = x.new_zeros(()), max(1, (1 << 22) // len(x)), (-t * x.pow(2).sum(1)).exp()
     with torch.autocast(x.device.type, enabled=False):
-        for i in range(0, len(x) - 1, rows):
-            part = slice(i, i + rows)
-            distances = squares[part, None] + squares[i:] - 2 * x[part] @ x[i:].T
-            again = torch.ones_like(distances, dtype=torch.bool).tril()  # j <= i
-            found.append((-t * distances).masked_fill(again, -math.inf).flatten().logsumexp(0))
-    return torch.stack(found).logsumexp(0) - math.log(len(x) * (len(x) - 1) / 2)
+        for i in range(0, len(x), rows):
+            part, rest = slice(i, i + rows), weight[i:].clone()
+            rest[:rows] /= 2  # the pairs of these rows stand in the block twice
+            scores = 2 * t * x[part] @ x[i:].T
+            scores.diagonal().fill_(-math.inf)
+            total = total + weight[part] @ (scores.exp_() @ rest)
+    return (total.log() - math.log(len(x) * (len(x) - 1) / 2)).to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ def of_knn(options):
         found["lightly"] = lambda: [knn_predict(part, columns, labels, 100, 200) for part in queries.split(256)]
     except ImportError:
         print("lightly is not installed", file=sys.stderr)
+    found["the product alone"] = lambda: [part @ bank.T for part in queries.split(256)]
     for name, seconds in in_turns(found, options.repeats).items():
         middle, low, high = spread(seconds)
         said = f", {memory:.2f} GiB beyond its inputs" if name == "ours" else ""

@@ -83,7 +83,16 @@ def queue_contenders(n: int, k: int) -> dict:
         logits = torch.cat([(q * p).sum(1, keepdim=True), q @ queue.T], 1) / TEMPERATURE
         F.cross_entropy(logits, torch.zeros(n, dtype=torch.int64)).backward()
 
-    return {"ours": lambda: info_nce(queries, keys, queue, TEMPERATURE).backward(), "concatenated": concatenated}
+    found = {"ours": lambda: info_nce(queries, keys, queue, TEMPERATURE).backward()}
+    try:
+        from lightly.loss import NTXentLoss
+
+        bank = NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(k, D))
+        bank(queries, keys)  # the first call fills it
+        found["lightly"] = lambda: bank(queries, keys).backward()  # which also puts the keys into the queue
+    except ImportError:
+        pass  # said above
+    return found | {"concatenated": concatenated}
 
 
 def sphere_contenders(n: int) -> dict:

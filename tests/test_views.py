@@ -243,13 +243,25 @@ def test_every_public_function_says_its_shapes():
 
 
 def test_uniformity_of_many_is_that_of_all_pairs_at_once():
-    """In two blocks of rows here."""
-    x = torch.randn(2100, 6, generator=generator(), dtype=torch.float64, requires_grad=True)
+    """In two blocks of rows here; rows of zeros, as dead features are, stay in the centre."""
+    x = torch.randn(2100, 6, generator=generator(), dtype=torch.float64)
+    x[::3] = 0
+    x.requires_grad_()
     distances = torch.pdist(torch.nn.functional.normalize(x, dim=1)).pow(2)
-    wanted = (-2 * distances).logsumexp(0) - math.log(len(distances))
-    found = bsim.uniformity(x)
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in (found, wanted)))
+    for t in (0.5, 2, 60):
+        wanted = (-t * distances).logsumexp(0) - math.log(len(distances))
+        found = bsim.uniformity(x, t)
+        torch.testing.assert_close(found, wanted)
+        of_found, of_wanted = (torch.autograd.grad(value, x, retain_graph=True)[0] for value in (found, wanted))
+        alive = x.detach().any(1)  # a row of zeros has no direction
+        torch.testing.assert_close(of_found[alive], of_wanted[alive])
+
+
+def test_uniformity_of_opposite_rows_is_no_infinity():
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    for t in (2, 20, 25, 150):
+        found = bsim.uniformity(x, t)
+        assert found.dtype == torch.float32 and float(found) == pytest.approx(-4 * t, rel=1e-6)
 
 
 def test_alignment_and_uniformity_are_wang_and_isolas():
