@@ -302,6 +302,7 @@ class _Spread(torch.autograd.Function):
             e = _exponentials(scaled[i], unit)
             sums[i] += e.sum(1)
             pull[i] += e @ unit
+            del e, unit  # before the next are made
         return sums.log(), sums, pull / sums[:, None]
 
     @staticmethod
