@@ -1,11 +1,13 @@
 """What a step of pure BSIM, of half SIM, half BSIM, and of their controls costs beside a step of the plain method.
 
     python benchmarks/cost.py --threads 1 --batch_size 64 --bf16 --out benchmarks/results/cost.jsonl
+    python benchmarks/cost.py --threads 1 --batch_size 64 --bf16 --search --out benchmarks/results/cost_search.jsonl
     python benchmarks/cost.py --threads 1 --methods simclr moco byol simsiam
 
-The first is the study's own setting (docs/study.md). Views, mixture, network, loss and optimiser are timed. The steps
-of a method take turns in one process; a ratio is the median over the turns, its spread their quartiles. Passes are
-images through the backbone in a step, for each image of the batch, with a gradient and without.
+The first two are the study's own setting (docs/study.md). Views, mixture, network, loss and optimiser are timed. The
+steps of a method take turns in one process; a ratio is the median over the turns, its spread their quartiles. Passes
+are images through the backbone in a step, for each image of the batch, with a gradient and without; a small view counts
+by its pixels.
 """
 
 import argparse
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
 from candidates import CANDIDATES, THIRD  # noqa: E402
+from search import SEARCH, STEP, WEIGHTS  # noqa: E402
 from siblings import SIBLINGS  # noqa: E402
 from turns import in_turns, machine, spread  # noqa: E402
 
@@ -55,14 +58,15 @@ def built(file, name, size, device):
 
 def stepper(name, sim_weight, options, device):
     """(the method, a function that takes one training step of it on random bytes)."""
-    file, size = {**METHODS, **SIBLINGS, **CANDIDATES}[name], options.image_size
+    file, size = {**METHODS, **SIBLINGS, **CANDIDATES, **SEARCH}[name], options.image_size
+    make_view = (STEP if name in SEARCH else THIRD).make_view
     model, optimizer = built(file, options.backbone, size, device)
     recipes, draws = file.views(size), torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (options.batch_size, 3, size, size), dtype=torch.uint8, device=device)
     sample, kind = getattr(file, "sample_mixture", sample_mixture), dict(kind="cutmix", alpha=1.0, per_sample=True)
 
     def step():
-        a, b = (THIRD.make_view(images, recipe, generator=draws) for recipe in recipes)
+        a, b = (make_view(images, recipe, generator=draws) for recipe in recipes)
         mixture = None
         if sim_weight < 1:
             mixture = sample(torch.cat([a, b], 1) if model.both_views else a, **kind, generator=draws)
@@ -78,18 +82,18 @@ def stepper(name, sim_weight, options, device):
     return model, step
 
 
-def passes_of(model, step, images: int) -> list[float]:
-    """Passes through the backbone, and through copies of it, for each of `images`: [with a gradient, without]."""
+def passes_of(model, step, numbers: int) -> list[float]:
+    """Passes through the backbone, and through copies of it, of a batch's `numbers`: [with a gradient, without]."""
     seen = [0, 0]
 
     def count(module, inputs, output):
-        seen[not torch.is_grad_enabled()] += len(inputs[0])
+        seen[not torch.is_grad_enabled()] += inputs[0].numel()
 
     handles = [m.register_forward_hook(count) for m in model.modules() if type(m) is type(model.backbone)]
     step()
     for handle in handles:
         handle.remove()
-    return [number / images for number in seen]
+    return [number / numbers for number in seen]
 
 
 def main():
@@ -101,6 +105,7 @@ def main():
     parser.add_argument("--backbone", default="resnet_tiny")
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--search", action="store_true", help="SIM and the candidates of search.py instead")
     parser.add_argument("--out", type=Path, help="a file for a line of each row, which findings.py reads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -111,11 +116,12 @@ def main():
     print("| method | `sim_weight` | ms | over SIM's | quartiles | allowed | passes with a gradient | without |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     lines = []
-    for base in options.methods:
+    for base in ["simclr"] if options.search else options.methods:
         steps, passes = {}, {}
-        for key in [(base, 1.0), (base, 0.0), (base, 0.5), *MORE.get(base, [])]:
+        usual = [(base, 1.0), (base, 0.0), (base, 0.5), *MORE.get(base, [])]
+        for key in [(base, 1.0), *WEIGHTS.items()] if options.search else usual:
             model, steps[key] = stepper(*key, options, device)
-            passes[key] = passes_of(model, steps[key], options.batch_size)
+            passes[key] = passes_of(model, steps[key], options.batch_size * 3 * options.image_size**2)
         seconds = in_turns(steps, options.repeats)
         for (name, weight), seen in seconds.items():
             ratio, low, high = spread([own / sim for own, sim in zip(seen, seconds[base, 1.0])])

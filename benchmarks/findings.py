@@ -2,8 +2,8 @@
 
     python benchmarks/findings.py runs/study/results.jsonl --out runs/findings
 
-The file is what benchmarks/study.py leaves: a line a cell. A cost is what results/cost.jsonl holds of a step, over
-SIM's, times the epochs: 120 is SIM of 120 epochs.
+The file is what benchmarks/study.py leaves: a line a cell. A cost is what results/cost.jsonl (and cost_search.jsonl)
+hold of a step, over SIM's, times the epochs: 120 is SIM of 120 epochs.
 """
 
 import argparse
@@ -38,6 +38,7 @@ USUAL = {"mix": "cutmix", "alpha": 1.0, "per_sample": True, "temperature": 0.2} 
 # Encoder passes of an image in a step: what half SIM, half BSIM pays more than SIM (methods/*.py).
 MORE_PASSES = {"simclr": 3 / 2, "moco": 3 / 2, "mocov3": 6 / 4, "byol": 6 / 4, "simsiam": 4 / 2}
 RESULTS = Path(__file__).parent / "results"
+COSTS = [RESULTS / "cost_search.jsonl", RESULTS / "cost.jsonl"]  # of a step in both the later is shown
 MARKS = {"simclr": "o", "moco": "s", "mocov3": "v", "byol": "^", "simsiam": "D"}
 
 
@@ -46,7 +47,7 @@ def lines_of(file: Path) -> list[dict]:
 
 
 # {(method, sim_weight): a line of cost.py}, measured in the study's own setting.
-STEPS = {(line["method"], line["sim_weight"]): line for line in lines_of(RESULTS / "cost.jsonl")}
+STEPS = {(line["method"], line["sim_weight"]): line for file in COSTS if file.exists() for line in lines_of(file)}
 
 
 def groups_of(lines: list[dict]) -> dict:

@@ -28,7 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
-from findings import MORE_PASSES, draw, report  # noqa: E402
+from findings import MORE_PASSES, STEPS, draw, report  # noqa: E402
+from search import SEARCH  # noqa: E402
+from search import WEIGHTS as SEARCHED  # noqa: E402
 
 import data  # noqa: E402
 from eval.command import Task  # noqa: E402
@@ -88,6 +90,9 @@ def cells_of(grid: str, best: str, epochs: int) -> list[dict]:
         kinds = [("simclr", 1.0, 1), ("simclr_third", 0.5, 3 / 2), ("simclr", 0.5, 3 / 2), ("simclr", 0.0, 1)]
         lengths = [length * epochs for length in (1, 2, 4, 8)]
         return [{"method": m, "sim_weight": w, "epochs": round(e / more)} for e in lengths for m, w, more in kinds]
+    if grid == "search":  # at the cost of SIM, by cost_search.jsonl
+        lengths = {key: round(4 * epochs / STEPS[key]["ratio"]) for key in SEARCHED.items()}
+        return [{"method": m, "sim_weight": w, "epochs": length} for (m, w), length in lengths.items()]
     raise ValueError(grid)
 
 
@@ -145,7 +150,7 @@ def train_and_judge(cell: dict, folder: Path, options, more: dict, gpu) -> None:
     log, start = folder.with_name(f"{folder.name}.log"), time.time()
     # Methods of benchmarks are known to their own file alone, which takes the same commands.
     program = {name: ["-m", f"eval.{name}"] for name in PROTOCOLS} | {"pretrain": ["bsim.py"]}
-    for file, names in (("siblings", SIBLINGS), ("candidates", CANDIDATES)):
+    for file, names in (("siblings", SIBLINGS), ("candidates", CANDIDATES), ("search", SEARCH)):
         if cell["method"] in names:
             program = {name: [f"benchmarks/{file}.py", name] for name in program}
     given = {**SIZES[options.size], **cell, "dataset": options.dataset, "eval_every": 0, **more}
@@ -233,7 +238,7 @@ def main():
         "--grids",
         nargs="+",
         default=["methods"],
-        help="methods passes length mixtures siblings candidates controls cost",
+        help="methods passes length mixtures siblings candidates controls cost search",
     )
     parser.add_argument("--best", choices=METHODS, default="simclr", help="the method that gained most by `methods`")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
