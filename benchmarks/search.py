@@ -5,7 +5,7 @@
 
 The words and flags are those of siblings.py. With --sim_weight 0 and, as pure BSIM, plain pairs in the last quarter:
 
-    simclr_half, simclr_quarter   each image is mixed with probability 1/2 or 1/4, mixed and clean ones apart
+    simclr_half, simclr_quarter   a half or a quarter of the images are mixed, mixed and clean ones apart
     simclr_near, simclr_far       partners whose second views look alike to the network, or as unlike as can be
     simclr_two_norms              mixtures have norms of their own, with scale and shift (Xie et al., 2020, "Adversarial
                                   examples improve image recognition"); the clean ones are kept
@@ -111,14 +111,17 @@ class TwoNorms(Candidate):
 
 
 class Sometimes(Candidate):
+    probability = 1 / 2
+
     def mixed(self, a, b, mixture):
-        clean = mixture.weight == 1
-        z_clean, z_b = self.embed(torch.cat([mixture.images[clean], b])).split([int(clean.sum()), len(b)])
+        count = round(self.probability * len(a))  # the same in every step: networks are slower where sizes change
+        mixed = torch.rand(len(a), generator=STEP.generator, device=STEP.generator.device).argsort() < count
+        mixed = mixed.to(a.device)
+        z_clean, z_b = self.embed(torch.cat([a[~mixed], b])).split([len(a) - count, len(b)])
         z_m = z_b.new_empty(z_b.shape)
-        z_m[clean] = z_clean
-        if not clean.all():
-            z_m[~clean] = self.embed(mixture.images[~clean])
-        return self.loss(z_m, z_b, mixture.weight, mixture.partner), z_b
+        z_m[mixed], z_m[~mixed] = self.embed(mixture.images[mixed]), z_clean
+        weight = mixture.weight.where(mixed, torch.ones_like(mixture.weight))
+        return self.loss(z_m, z_b, weight, mixture.partner), z_b
 
 
 class BothMixed(Candidate):
@@ -206,24 +209,14 @@ def soft_nt_xent(a, b, wanted, temperature):
     return sum(losses) / 2
 
 
-def sometimes(probability):
-    def draw(views, *, generator, **options):
-        drawn = sample_mixture(views, generator=generator, **options)
-        mixed = (torch.rand(len(views), generator=generator, device=generator.device) < probability).to(views.device)
-        images = torch.where(mixed.view(-1, 1, 1, 1), drawn.images, views)
-        return Mixture(images, drawn.weight.where(mixed, torch.ones_like(drawn.weight)), drawn.partner)
-
-    return draw
-
-
-def _candidate(method, draw=STEP.sample_mixture, **more):
-    named = type(method.__name__, (method,), more)
-    return SimpleNamespace(Method=named, defaults=simclr.defaults, views=simclr.views, sample_mixture=draw)
+def _candidate(method, **more):
+    file = dict(defaults=simclr.defaults, views=simclr.views, sample_mixture=STEP.sample_mixture)
+    return SimpleNamespace(Method=type(method.__name__, (method,), more), **file)
 
 
 SEARCH = {
-    "simclr_half": _candidate(Sometimes, sometimes(1 / 2)),
-    "simclr_quarter": _candidate(Sometimes, sometimes(1 / 4)),
+    "simclr_half": _candidate(Sometimes),
+    "simclr_quarter": _candidate(Sometimes, probability=1 / 4),
     "simclr_near": _candidate(Near),
     "simclr_far": _candidate(Far),
     "simclr_two_norms": _candidate(TwoNorms),

@@ -47,11 +47,18 @@ def test_a_tour_goes_to_the_most_similar_image_that_is_left():
     assert partner.sort().values.tolist() == list(range(5))
 
 
-def test_half_of_the_images_stay_as_they_are():
-    a, _ = views(400, 8)
-    mixture = draw("simclr_half", a)
-    same = (mixture.images == a).flatten(1).all(1)
-    assert torch.equal(same, mixture.weight == 1) and 150 < int(same.sum()) < 250
+def test_a_quarter_of_the_images_is_mixed_and_goes_through_apart(monkeypatch):
+    a, b = views(40, 8)
+    model, seen = method("simclr_quarter").eval(), []
+    monkeypatch.setattr(model, "embed", lambda x: seen.append(x) or x.flatten(1).double())
+    found = []
+    monkeypatch.setattr(model, "loss", lambda z, z_b, weight, partner: found.append((z, weight)) or z.sum())
+    mixture = draw("simclr_quarter", a)
+    model.mixed(a, b, mixture)
+    (clean, mixed), (z, weight) = seen, found[0]
+    assert len(clean) == 30 + 40 and len(mixed) == 10
+    rows = torch.where((weight < 1).view(-1, 1, 1, 1), mixture.images, a)
+    assert torch.equal(z, rows.flatten(1).double()) and int((weight < 1).sum()) in (9, 10)
 
 
 def test_two_norms_leave_the_clean_statistics_alone():
