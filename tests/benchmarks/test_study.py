@@ -66,6 +66,9 @@ def test_the_grids_are_those_that_the_claims_need():
     }
     controls = {(cell["method"], cell["epochs"]) for cell in study.cells_of("controls", "moco", 30)}
     assert controls == {(f"{m}_third", e) for m in ("simclr", "moco", "byol") for e in (120, 80)}
+    for cell in study.cells_of("search", "moco", 30):
+        ratio = study.STEPS[cell["method"], cell["sim_weight"]]["ratio"]
+        assert cell["epochs"] * ratio == pytest.approx(120, abs=ratio)
     for cells in everything.values():
         assert len({study.name_of(cell) for cell in cells}) == len(cells)
 
