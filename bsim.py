@@ -224,7 +224,7 @@ WHOLE, TILE, GPU_TILE = 1 << 18, 512, 8192
 
 
 def _whole(rows, columns, temperature):
-    """Whether to hold the matrix: it is small, or e^(1 / temperature) is large, or the temperature is learnt."""
+    """Whether to hold the matrix: it is small, or e^(1 / temperature) beyond e^40, or the temperature is learnt."""
     return rows * columns <= WHOLE or isinstance(temperature, Tensor) or temperature < 0.025
 
 
@@ -238,7 +238,7 @@ def _parts(n, size):
 
 
 class _SelfSpread(torch.autograd.Function):
-    """log sum over j != i of e^(x_i . x_j), [N], for x [N, D]; and the sums.
+    """log sum over j != i of e^(x_i . x_j), [N], for x [N, D] with |x_i|^2 <= 40; and the sums, which float32 holds.
 
     A tile and its mirror image are computed once, forward and again backward; memory grows with N. A gradient that is
     to be differentiated again (create_graph, torch.func) is taken of the whole matrix.
@@ -329,7 +329,7 @@ class _Spread(torch.autograd.Function):
     def tiles(x, y):
         """Square, but wide where x has few rows."""
         side = _side(x)
-        wide = max(side, 4 * side**2 // len(x))
+        wide = max(side, min(4 * side**2, GPU_TILE**2) // len(x))
         return [(i, j) for i in _parts(len(x), side) for j in _parts(len(y), wide)]
 
 
