@@ -3,7 +3,8 @@
     python benchmarks/losses.py --threads 1 --sizes 256 2048 8192
     python benchmarks/losses.py --threads 2 --sizes 8192 --busy 1
 
---busy: so many other processes multiply matrices meanwhile, a core each.
+--busy: so many other processes multiply matrices meanwhile, a core each. --before: a bsim.py of another commit, in
+turns with this one's (git show COMMIT:bsim.py > before.py).
 
 Peers: pip install --no-deps -r requirements-bench.txt (and pytorch_lightning, lightly_utils and torchmetrics without
 theirs). solo-learn asks for a torch of 2021, but its loss does not need it; its package brings a folder `tests` along
@@ -24,9 +25,16 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from turns import disturbed_by, in_turns, machine, spread  # noqa: E402
 
-from bsim import info_nce, nt_xent, uniformity  # noqa: E402
+import bsim  # noqa: E402
 
 D, TEMPERATURE = 128, 0.2
+FORMS = {"ours": bsim}
+
+
+def take_along(before: str) -> None:
+    spec = spec_from_file_location("before", before)
+    FORMS["before"] = module_from_spec(spec)
+    spec.loader.exec_module(FORMS["before"])
 
 
 def plain(a, b):
@@ -49,10 +57,10 @@ def contenders(n: int) -> dict:
 
         return step
 
-    found = {
-        "ours, SIM": backward(lambda a, b: nt_xent(a, b, TEMPERATURE)),
-        "ours, BSIM": backward(lambda a, b: nt_xent(a, b, TEMPERATURE, **mixture)),
-    }
+    found = {}
+    for name, form in FORMS.items():
+        found[f"{name}, SIM"] = backward(lambda a, b, form=form: form.nt_xent(a, b, TEMPERATURE))
+        found[f"{name}, BSIM"] = backward(lambda a, b, form=form: form.nt_xent(a, b, TEMPERATURE, **mixture))
     try:
         from lightly.loss import NTXentLoss
 
@@ -83,7 +91,9 @@ def queue_contenders(n: int, k: int) -> dict:
         logits = torch.cat([(q * p).sum(1, keepdim=True), q @ queue.T], 1) / TEMPERATURE
         F.cross_entropy(logits, torch.zeros(n, dtype=torch.int64)).backward()
 
-    found = {"ours": lambda: info_nce(queries, keys, queue, TEMPERATURE).backward()}
+    found = {}
+    for name, form in FORMS.items():
+        found[name] = lambda form=form: form.info_nce(queries, keys, queue, TEMPERATURE).backward()
     try:
         from lightly.loss import NTXentLoss
 
@@ -97,9 +107,9 @@ def queue_contenders(n: int, k: int) -> dict:
 
 def sphere_contenders(n: int) -> dict:
     x = F.normalize(torch.randn(n, D, generator=torch.Generator().manual_seed(0)), dim=1)
+    found = {name: lambda form=form: form.uniformity(x) for name, form in FORMS.items()}
     # As Wang and Isola publish it.
-    published = {"published": lambda: torch.pdist(x).pow(2).mul(-2).exp().mean().log()}
-    return {"ours": lambda: uniformity(x)} | published
+    return found | {"published": lambda: torch.pdist(x).pow(2).mul(-2).exp().mean().log()}
 
 
 def peak_of(kind: str, name: str, sizes: list[int], threads: int) -> float:
@@ -110,6 +120,8 @@ sys.argv = ["losses"]
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 torch.set_num_threads({threads})
 import losses
+for before in {[FORMS[k].__file__ for k in FORMS if k == "before"]!r}:
+    losses.take_along(before)
 losses.{kind}(*{[min(64, s) for s in sizes]})[{name!r}]()
 call = losses.{kind}(*{sizes})[{name!r}]
 def held(key):
@@ -131,7 +143,10 @@ def main():
         "--ours_only", type=int, nargs="*", default=[], help="sizes at which the peers do not take part"
     )
     parser.add_argument("--busy", type=int, default=0, help="other processes that work meanwhile")
+    parser.add_argument("--before", help="another bsim.py")
     options = parser.parse_args()
+    if options.before:
+        take_along(options.before)
     torch.set_num_threads(options.threads)
     with disturbed_by(options.busy):
         measure(options)
