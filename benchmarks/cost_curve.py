@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from findings import RESULTS, cost_of, difference, digits_of, lines_of  # noqa: E402
+from findings import NEAR, RESULTS, cost_of, difference, digits_of, lines_of  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import NullLocator, ScalarFormatter  # noqa: E402
 
@@ -33,7 +33,6 @@ KINDS = {
     "half SIM, half BSIM": ([("simclr", 0.5)], BOTH),
     "BSIM": ([("simclr", 0.0), ("simclr_apart_plain_end", 0.0)], BSIM),
 }
-NEAR = 0.06  # costs that differ by less are equal
 
 
 def kind_of(settings: dict) -> str | None:

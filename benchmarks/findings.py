@@ -2,8 +2,8 @@
 
     python benchmarks/findings.py runs/study/results.jsonl --out runs/findings
 
-The file is what benchmarks/study.py leaves: a line a cell. A cost is what results/cost.jsonl (and cost_search.jsonl)
-hold of a step, over SIM's, times the epochs: 120 is SIM of 120 epochs.
+A file is what benchmarks/study.py leaves: a line a cell; several are read as one. A cost is what results/cost.jsonl and
+cost_search.jsonl hold of a step, over SIM's, times the epochs: 120 is SIM of 120 epochs.
 """
 
 import argparse
@@ -39,6 +39,7 @@ USUAL = {"mix": "cutmix", "alpha": 1.0, "per_sample": True, "temperature": 0.2} 
 MORE_PASSES = {"simclr": 3 / 2, "moco": 3 / 2, "mocov3": 6 / 4, "byol": 6 / 4, "simsiam": 4 / 2}
 RESULTS = Path(__file__).parent / "results"
 COSTS = [RESULTS / "cost_search.jsonl", RESULTS / "cost.jsonl"]  # of a step in both the later is shown
+NEAR = 0.06  # costs that differ by less are equal
 MARKS = {"simclr": "o", "moco": "s", "mocov3": "v", "byol": "^", "simsiam": "D"}
 
 
@@ -193,6 +194,11 @@ def report(lines: list[dict]) -> str:
     def same_steps(s):
         return plain_of(s, groups, lambda epochs: epochs == s["epochs"])
 
+    def same_cost(s):
+        """SIM of as many epochs, or else of the same cost."""
+        cost = cost_of(s)
+        return same_steps(s) or cost and plain_of(s, groups, lambda epochs: abs(cost / epochs - 1) < NEAR)
+
     def same_passes(s):
         return plain_of(s, groups, lambda epochs: round(epochs / MORE_PASSES[s["method"]]) == s["epochs"])
 
@@ -226,7 +232,7 @@ def report(lines: list[dict]) -> str:
     if siblings:
         text += [
             "### Siblings and candidates, against the SIM of their method",
-            means(groups, sort(siblings), SIM=same_steps, usual=as_usual),
+            means(groups, sort(siblings), SIM=same_cost, usual=as_usual),
         ]
     compared = [line for line in lines if tuple(line["settings"].get(k) for k in SETTINGS) in plain]
     text += ["### Does accuracy follow uniformity? Spearman's rank correlation over the cells of the first table"]
@@ -236,10 +242,10 @@ def report(lines: list[dict]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results")
+    parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--out", help="a folder for findings.md and uniformity.png")
     options = parser.parse_args()
-    lines = lines_of(Path(options.results))
+    lines = [line for file in options.results for line in lines_of(file)]
     text = report(lines)
     print(text)
     if options.out:

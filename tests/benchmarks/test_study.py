@@ -187,6 +187,21 @@ def test_a_row_says_what_its_steps_cost(monkeypatch):
     assert [row[5:7] for row in rows[:3]] == [["30", "1 + 1"], ["45", "2 + 1"], ["", ""]]  # the last was not measured
 
 
+def test_a_candidate_is_compared_with_sim_of_as_many_epochs_or_of_its_cost(monkeypatch):
+    ratios = {("simclr_near", 0.0): 1.11, ("simclr_apart", 0.0): 1.02, ("simclr_small_two", 0.5): 1.4}
+    monkeypatch.setattr(findings, "STEPS", {key: {"ratio": ratio, "passes": [2, 0]} for key, ratio in ratios.items()})
+    cells = {("simclr", 1.0, 120): 50.0, ("simclr_near", 0.0, 108): 51.0, ("simclr_apart", 0.0, 120): 52.0}
+    cells |= {("simclr_small_two", 0.5, 60): 53.0, ("simclr_unmeasured", 0.0, 108): 54.0}  # of cost 84, and of none
+    lines = []
+    for (method, weight, epochs), value in cells.items():
+        settings = {"method": method, "sim_weight": weight, "epochs": epochs, "seed": 0, **findings.USUAL}
+        lines.append({"cell": method, "settings": settings, "metrics": {"knn top1": value}})
+    said = {w[1].strip(): w for w in (row.split("|") for row in findings.report(lines).splitlines()) if len(w) > 12}
+    column = next(i for i, word in enumerate(said["method"]) if word.strip() == "k-NN - SIM")
+    found = {name: said[f"simclr_{name}"][column].strip() for name in ("near", "apart", "small_two", "unmeasured")}
+    assert found == {"near": "+1.0 (one seed)", "apart": "+2.0 (one seed)", "small_two": "", "unmeasured": ""}
+
+
 def test_the_curve_compares_at_equal_cost(monkeypatch, place):
     ratios = {("simclr", 1.0): 1.0, ("simclr", 0.5): 1.5, ("simclr_third", 0.5): 1.6, ("simclr", 0.0): 1.02}
     monkeypatch.setattr(findings, "STEPS", {key: {"ratio": ratio} for key, ratio in ratios.items()})
