@@ -32,6 +32,7 @@ def test_accelerate_reads_them(name, kind, machines, processes):
     assert found.use_cpu == (name == "cpu")
 
 
+@pytest.mark.slow
 def test_the_cpu_configuration_trains(place):
     command = ["accelerate", "launch", "--config_file", str(ROOT / "configs" / "cpu.yaml"), str(ROOT / "bsim.py")]
     done = subprocess.run([*command, *SHORT, "--steps", "2"], capture_output=True, text=True)

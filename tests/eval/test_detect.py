@@ -421,6 +421,7 @@ def test_a_run_leaves_its_result_and_goes_on_as_if_nothing_had_been(place, capsy
     assert torch.allclose(one["backbone.stem.0.weight"], network.conv1.weight, atol=0.1)  # and from the run's
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_says_how_to_go_on(place):
     data = voc_folder(place, dict(train=4, test=2))
     words = f"--run resnet_tiny --init random --data {data} --batch_size 2 --min_size 32 --workers 0 --log_every 1"

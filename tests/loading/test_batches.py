@@ -271,6 +271,7 @@ def test_a_stream_holds_out_the_same_images_whoever_reads(place):
         assert len(seen) == len(set(seen)) == 80 - len(held) and not held & set(seen)
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_program_that_still_holds_them(place):
     """They ignore the SIGTERM with which multiprocessing would end them, and it would wait for them for ever."""
     table(40, (80, 80)).to_parquet(place / "rows.parquet")

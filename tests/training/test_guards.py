@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 SHORT = dict(dataset="digits", split="train[:200]", batch_size=32, log_every=2, eval_every=0)
 
 
+@pytest.mark.slow
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(place):
     words = "--split train[:200] --batch_size 32 --steps 4000 --log_every 1 --eval_every 0 --out run".split()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
