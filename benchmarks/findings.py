@@ -32,7 +32,12 @@ METRICS = {
 JUDGED = ("knn top1", "linear features top1")
 EVENNESS = ("geometry uniformity", "geometry embedding_uniformity")
 COMPARED = (*JUDGED, *EVENNESS)
-COLUMNS = {"SIM": COMPARED, "usual": JUDGED, "BSIM": JUDGED}  # metrics whose differences from these cells are shown
+COLUMNS = {
+    "SIM": COMPARED,
+    "usual": JUDGED,
+    "BSIM": JUDGED,
+    "SIM apart": JUDGED,
+}  # metrics whose differences from these cells are shown
 SETTINGS = ("method", "sim_weight", "epochs", "mix", "alpha", "per_sample", "temperature")
 USUAL = {"mix": "cutmix", "alpha": 1.0, "per_sample": True, "temperature": 0.2}  # the defaults for small images
 # Encoder passes of an image in a step: what half SIM, half BSIM pays more than SIM (methods/*.py).
@@ -199,6 +204,12 @@ def report(lines: list[dict]) -> str:
         cost = cost_of(s)
         return same_steps(s) or cost and plain_of(s, groups, lambda epochs: abs(cost / epochs - 1) < NEAR)
 
+    def sim_apart(s):
+        """The control of mixtures that go through the network apart."""
+        cost, wanted = cost_of(s), f"{base_of(s)}_sim_apart"
+        costs = {g: cost_of(o) for g, o in as_settings.items() if cost and o["method"] == wanted}
+        return next((g for g, own in costs.items() if own and abs(cost / own - 1) < NEAR), None)
+
     def same_passes(s):
         return plain_of(s, groups, lambda epochs: round(epochs / MORE_PASSES[s["method"]]) == s["epochs"])
 
@@ -232,7 +243,7 @@ def report(lines: list[dict]) -> str:
     if siblings:
         text += [
             "### Siblings and candidates, against the SIM of their method",
-            means(groups, sort(siblings), SIM=same_cost, usual=as_usual),
+            means(groups, sort(siblings), SIM=same_cost, usual=as_usual, **{"SIM apart": sim_apart}),
         ]
     compared = [line for line in lines if tuple(line["settings"].get(k) for k in SETTINGS) in plain]
     text += ["### Does accuracy follow uniformity? Spearman's rank correlation over the cells of the first table"]

@@ -22,6 +22,8 @@ With --sim_weight 0.5:
 
     simclr_small_two, simclr_small_four               SIM, and mixtures of 16 pixels of small crops
     simclr_plain_small_two, simclr_plain_small_four   their controls: small crops as they are (Caron et al., 2020, SwAV)
+
+And a network for any method, --backbone resnet_tiny_wide: resnet_tiny with twice the channels after its stem.
 """
 
 import sys
@@ -34,12 +36,14 @@ import siblings  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from einops import rearrange  # noqa: E402
+from timm.models import register_model  # noqa: E402
+from timm.models.resnet import BasicBlock, ResNet  # noqa: E402
 from torch import nn  # noqa: E402
 
 import train  # noqa: E402
 from bsim import Mixture, make_view, sample_mixture  # noqa: E402
 from methods import simclr  # noqa: E402
-from methods.networks import Losses  # noqa: E402
+from methods.networks import Losses, _small_stem  # noqa: E402
 
 SMALL, SMALL_SCALE = 16, (0.1, 0.4)  # the side of small views, and the area of their crops
 
@@ -180,6 +184,24 @@ class Small(Candidate):
         pairs = zip(small, (z_a, z_b) * self.count, mixtures)
         losses = [self.loss(z, other, m.weight, m.partner) for z, other, m in pairs]
         return Losses(self.loss(z_a, z_b), sum(losses) / self.count, z_b)
+
+
+class Wide(nn.Module):  # of a ResNet itself the stem would be made anew, without its stride
+    num_features = 384
+
+    def __init__(self):
+        super().__init__()
+        channels = tuple(self.num_features // k for k in (8, 4, 2, 1))
+        network = ResNet(BasicBlock, layers=(1, 1, 1, 1), channels=channels, zero_init_last=False, num_classes=0)
+        self.network = _small_stem(network, stride=2)
+
+    def forward(self, x):
+        return self.network(x)
+
+
+@register_model
+def resnet_tiny_wide(pretrained=False, **_):
+    return Wide()
 
 
 def tour(similarity):

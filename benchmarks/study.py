@@ -50,6 +50,7 @@ SIZES = {
     "small": {"split": "train[:5000]", "backbone": "resnet_tiny", "epochs": 30, "mixed_precision": "bf16"},
     "full": {"backbone": "resnet18", "epochs": 200, "mixed_precision": "bf16"},
 }
+WIDE = "resnet_tiny_wide"
 PROTOCOLS = ("knn", "linear", "geometry")
 
 
@@ -93,6 +94,10 @@ def cells_of(grid: str, best: str, epochs: int) -> list[dict]:
     if grid == "search":  # at the cost of SIM, by cost_search.jsonl
         lengths = {key: round(4 * epochs / STEPS[key]["ratio"]) for key in SEARCHED.items()}
         return [{"method": m, "sim_weight": w, "epochs": length} for (m, w), length in lengths.items()]
+    if grid == "capacity":  # larger networks, for as long as a CPU can
+        sizes, weights = {WIDE: 4 * epochs, "resnet18": epochs // 2}, (1.0, 0.0)
+        cell = {"method": "simclr"}
+        return [{**cell, "sim_weight": w, "epochs": e, "backbone": b} for b, e in sizes.items() for w in weights]
     raise ValueError(grid)
 
 
@@ -150,8 +155,8 @@ def train_and_judge(cell: dict, folder: Path, options, more: dict, gpu) -> None:
     log, start = folder.with_name(f"{folder.name}.log"), time.time()
     # Methods of benchmarks are known to their own file alone, which takes the same commands.
     program = {name: ["-m", f"eval.{name}"] for name in PROTOCOLS} | {"pretrain": ["bsim.py"]}
-    for file, names in (("siblings", SIBLINGS), ("candidates", CANDIDATES), ("search", SEARCH)):
-        if cell["method"] in names:
+    for file, names in (("siblings", SIBLINGS), ("candidates", CANDIDATES), ("search", (*SEARCH, WIDE))):
+        if cell["method"] in names or cell.get("backbone") in names:
             program = {name: [f"benchmarks/{file}.py", name] for name in program}
     given = {**SIZES[options.size], **cell, "dataset": options.dataset, "eval_every": 0, **more}
     if not (folder / "backbone.safetensors").exists():
@@ -238,7 +243,7 @@ def main():
         "--grids",
         nargs="+",
         default=["methods"],
-        help="methods passes length mixtures siblings candidates controls cost search",
+        help="methods passes length mixtures siblings candidates controls cost search capacity",
     )
     parser.add_argument("--best", choices=METHODS, default="simclr", help="the method that gained most by `methods`")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -91,3 +91,12 @@ def test_a_step_has_a_finite_gradient_everywhere(name):
     assert (losses.sim is not None) == ("small" in name)
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+
+
+def test_the_wide_network_is_resnet_tiny_with_twice_the_channels():
+    tiny, wide = backbone("resnet_tiny", 32), backbone("resnet_tiny_wide", 32)
+    for one, two in zip(tiny.modules(), wide.network.modules(), strict=True):
+        if isinstance(one, torch.nn.Conv2d):
+            assert (two.kernel_size, two.stride) == (one.kernel_size, one.stride)
+            assert two.out_channels == one.out_channels * (1 if one is tiny.conv1 else 2)  # timm's stem has 64
+    assert wide(torch.rand(2, 3, 32, 32)).shape == (2, wide.num_features) == (2, 2 * tiny.num_features)

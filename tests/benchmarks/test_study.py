@@ -69,6 +69,8 @@ def test_the_grids_are_those_that_the_claims_need():
     for cell in study.cells_of("search", "moco", 30):
         ratio = study.STEPS[cell["method"], cell["sim_weight"]]["ratio"]
         assert cell["epochs"] * ratio == pytest.approx(120, abs=ratio)
+    capacity = {(c["backbone"], c["sim_weight"], c["epochs"]) for c in study.cells_of("capacity", "moco", 30)}
+    assert capacity == {(b, w, e) for b, e in (("resnet_tiny_wide", 120), ("resnet18", 15)) for w in (1, 0)}
     for cells in everything.values():
         assert len({study.name_of(cell) for cell in cells}) == len(cells)
 
@@ -79,10 +81,10 @@ def test_what_is_done_is_not_done_again(place, monkeypatch):
     def run(words, log, *_):
         commands.append(words)
         folder = Path(words[words.index("--out" if "--out" in words else "--run") + 1])
-        if "bsim.py" in words:
+        if "--out" in words:
             folder.mkdir()
             (folder / "backbone.safetensors").write_bytes(b"")
-        elif "eval.linear" in words:
+        elif "eval.linear" in words:  # the one cell of bsim.py never ends
             raise SystemExit("interrupted")
         else:
             write_result(folder, words[1].removeprefix("eval."), "d", {}, {})
@@ -101,6 +103,11 @@ def test_what_is_done_is_not_done_again(place, monkeypatch):
     with pytest.raises(SystemExit, match="interrupted"):
         study.train_and_judge(cell, place / "cell", options, {}, None)
     assert [words[:2] for words in commands] == [["-m", "eval.linear"]]
+    commands.clear()
+    wide = {"method": "simclr", "sim_weight": 0.0, "epochs": 30, "backbone": "resnet_tiny_wide", "seed": 1}
+    study.train_and_judge(wide, place / "wide", options, {}, None)  # known to search.py alone
+    assert [words[:2] for words in commands] == [["benchmarks/search.py", w] for w in ("pretrain", *study.PROTOCOLS)]
+    assert "--backbone resnet_tiny_wide" in " ".join(commands[0])
 
 
 def test_a_folder_holds_cells_of_one_kind(place, monkeypatch):
@@ -189,17 +196,25 @@ def test_a_row_says_what_its_steps_cost(monkeypatch):
 
 def test_a_candidate_is_compared_with_sim_of_as_many_epochs_or_of_its_cost(monkeypatch):
     ratios = {("simclr_near", 0.0): 1.11, ("simclr_apart", 0.0): 1.02, ("simclr_small_two", 0.5): 1.4}
+    ratios |= {("simclr_sim_apart", 1.0): 1.01}
     monkeypatch.setattr(findings, "STEPS", {key: {"ratio": ratio, "passes": [2, 0]} for key, ratio in ratios.items()})
     cells = {("simclr", 1.0, 120): 50.0, ("simclr_near", 0.0, 108): 51.0, ("simclr_apart", 0.0, 120): 52.0}
     cells |= {("simclr_small_two", 0.5, 60): 53.0, ("simclr_unmeasured", 0.0, 108): 54.0}  # of cost 84, and of none
+    cells |= {("simclr_sim_apart", 1.0, 120): 50.5}
     lines = []
     for (method, weight, epochs), value in cells.items():
         settings = {"method": method, "sim_weight": weight, "epochs": epochs, "seed": 0, **findings.USUAL}
         lines.append({"cell": method, "settings": settings, "metrics": {"knn top1": value}})
     said = {w[1].strip(): w for w in (row.split("|") for row in findings.report(lines).splitlines()) if len(w) > 12}
-    column = next(i for i, word in enumerate(said["method"]) if word.strip() == "k-NN - SIM")
-    found = {name: said[f"simclr_{name}"][column].strip() for name in ("near", "apart", "small_two", "unmeasured")}
-    assert found == {"near": "+1.0 (one seed)", "apart": "+2.0 (one seed)", "small_two": "", "unmeasured": ""}
+    columns = [[word.strip() for word in said["method"]].index(f"k-NN - {name}") for name in ("SIM", "SIM apart")]
+    names = ("near", "apart", "small_two", "unmeasured", "sim_apart")
+    assert {name: tuple(said[f"simclr_{name}"][i].strip() for i in columns) for name in names} == {
+        "near": ("+1.0 (one seed)", "+0.5 (one seed)"),
+        "apart": ("+2.0 (one seed)", "+1.5 (one seed)"),
+        "small_two": ("", ""),
+        "unmeasured": ("", ""),
+        "sim_apart": ("+0.5 (one seed)", ""),
+    }
 
 
 def test_the_curve_compares_at_equal_cost(monkeypatch, place):
