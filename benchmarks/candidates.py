@@ -10,6 +10,8 @@ early in He et al., 2019, "Data augmentation revisited"). `simclr_apart_plain_en
 them take as many encoder passes as SIM. `simclr_sim_apart`, with --sim_weight 1: the control, SIM whose two views go
 through the network apart.
 
+`moco_plain_end`, `byol_plain_end`, `simsiam_plain_end`: that end for methods whose mixtures go through apart already.
+
 `simclr_third`, `moco_third`, `byol_third`: the control of half SIM, half BSIM. With --sim_weight 0.5 a third plain view
 stands in the place of the mixture, with share 1, so that both losses are SIM's.
 """
@@ -25,7 +27,7 @@ import torch  # noqa: E402
 
 import train  # noqa: E402
 from bsim import Mixture, make_view  # noqa: E402
-from methods import byol, moco, simclr  # noqa: E402
+from methods import byol, moco, simclr, simsiam  # noqa: E402
 from methods.networks import Losses  # noqa: E402
 
 PLAIN_FROM = 0.75  # share of the run after which pairs are plain
@@ -75,19 +77,26 @@ class Third:
 
 
 THIRD = Third()
+
+
+def _candidate(file, method=None, **more):
+    return SimpleNamespace(Method=method or file.Method, defaults=file.defaults, views=file.views, **more)
+
+
+def _plain_end(file):
+    return _candidate(file, type("PlainEnd", (file.Method,), {"mix_until": PLAIN_FROM}))
+
+
 CANDIDATES = {
-    name: SimpleNamespace(Method=method, defaults=simclr.defaults, views=simclr.views)
-    for name, method in (
-        ("simclr_apart", Apart),
-        ("simclr_plain_end", PlainEnd),
-        ("simclr_apart_plain_end", ApartPlainEnd),
-        ("simclr_sim_apart", SimApart),
-    )
-} | {
-    f"{name}_third": SimpleNamespace(
-        Method=file.Method, defaults=file.defaults, views=file.views, sample_mixture=THIRD.sample_mixture
-    )
-    for name, file in (("simclr", simclr), ("moco", moco), ("byol", byol))
+    "simclr_apart": _candidate(simclr, Apart),
+    "simclr_plain_end": _candidate(simclr, PlainEnd),
+    "simclr_apart_plain_end": _candidate(simclr, ApartPlainEnd),
+    "simclr_sim_apart": _candidate(simclr, SimApart),
+    **{f"{name}_plain_end": _plain_end(file) for name, file in (("moco", moco), ("byol", byol), ("simsiam", simsiam))},
+    **{
+        f"{name}_third": _candidate(file, sample_mixture=THIRD.sample_mixture)
+        for name, file in (("simclr", simclr), ("moco", moco), ("byol", byol))
+    },
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Accuracy against what it costs, SimCLR: SIM, SIM with a third plain view, half SIM, half BSIM, and pure BSIM.
+"""Accuracy against what it costs: SIM, SIM with a third plain view, half SIM, half BSIM, and pure BSIM.
 
-    python benchmarks/cost_curve.py [RESULTS.jsonl ...] --out docs/cost.png
+    python benchmarks/cost_curve.py [RESULTS.jsonl ...] [--method moco] --out docs/cost.png
 
 Reads the lines that study.py leaves (default: those in benchmarks/results), prints a table, and draws k-NN, linear and
 five labels a class: means over the seeds, and a band of one standard deviation. A cost is in epochs of SIM, as
@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from findings import NEAR, RESULTS, cost_of, difference, digits_of, lines_of  # noqa: E402
+from findings import MORE_PASSES, NEAR, RESULTS, cost_of, difference, digits_of, lines_of  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import NullLocator, ScalarFormatter  # noqa: E402
 
@@ -26,39 +26,43 @@ from training.pictures import BOTH, BSIM, OTHER, SIM  # noqa: E402
 FILES = ("small.jsonl", "length.jsonl", "candidates.jsonl", "cost_curve.jsonl")
 DEFAULT = [RESULTS / name for name in FILES if (RESULTS / name).exists()]
 METRICS = {"knn top1": "k-NN", "linear features top1": "linear", "knn five_labels": "five labels a class"}
-# Pure BSIM is the default since it sends mixtures through apart and ends with plain pairs; before, a candidate.
-KINDS = {
-    "SIM": ([("simclr", 1.0)], SIM),
-    "SIM, third view": ([("simclr_third", 0.5)], OTHER),
-    "half SIM, half BSIM": ([("simclr", 0.5)], BOTH),
-    "BSIM": ([("simclr", 0.0), ("simclr_apart_plain_end", 0.0)], BSIM),
-}
+COLOURS = {"SIM": SIM, "SIM, third view": OTHER, "half SIM, half BSIM": BOTH, "BSIM": BSIM, "BSIM, plain end": BSIM}
 
 
-def kind_of(settings: dict) -> str | None:
-    cell = settings["method"], settings.get("sim_weight")
-    old = cell == ("simclr", 0.0) and settings.get("mix_until", 1) == 1
-    found = [name for name, (cells, _) in KINDS.items() if cell in cells]
-    return found[0] if found and not old else None
+def kind_of(settings: dict, method: str) -> str | None:
+    """The kind of a cell of `method`; None for other cells."""
+    name, weight = settings["method"], settings.get("sim_weight")
+    if name == f"{method}_third":
+        return "SIM, third view"
+    if method == "simclr":  # its default has a plain end and passes apart; the candidate became it
+        if name == "simclr_apart_plain_end":
+            return "BSIM"
+        if name == "simclr" and weight == 0 and settings.get("mix_until", 1) == 1:
+            return None
+    if name == f"{method}_plain_end" and method != "simclr":
+        return "BSIM, plain end"
+    return {1.0: "SIM", 0.5: "half SIM, half BSIM", 0.0: "BSIM"}.get(weight) if name == method else None
 
 
-def points_of(lines: list[dict]) -> dict:
+def points_of(lines: list[dict], method: str = "simclr") -> dict:
     """{kind: [(cost, epochs, {metric: {seed: value}}), ...] by epochs}."""
     cells = {}
     for line in lines:
-        kind = kind_of(line["settings"])
+        kind = kind_of(line["settings"], method)
         if kind:
             cells[kind, line["settings"]["epochs"], line["settings"]["seed"]] = line["metrics"]
-    found: dict[str, dict] = {kind: {} for kind in KINDS}
+    found: dict[str, dict] = {kind: {} for kind in COLOURS}
     for (kind, epochs, seed), metrics in cells.items():
         values = found[kind].setdefault(epochs, {})
         for metric, value in metrics.items():
             values.setdefault(metric, {})[seed] = value
-    # The candidate's step is that of the default that it became.
-    heads = {kind: dict(zip(("method", "sim_weight"), names[0])) for kind, (names, _) in KINDS.items()}
+    # A step of a plain end is one of its method.
+    steps = {"SIM": (method, 1.0), "SIM, third view": (f"{method}_third", 0.5), "half SIM, half BSIM": (method, 0.5)}
+    heads = {kind: dict(zip(("method", "sim_weight"), steps.get(kind, (method, 0.0)))) for kind in COLOURS}
     return {
         kind: [(cost_of({**heads[kind], "epochs": epochs}), epochs, values) for epochs, values in sorted(of.items())]
         for kind, of in found.items()
+        if of
     }
 
 
@@ -70,7 +74,7 @@ def at_cost(points: list, cost: float) -> dict:
 
 
 def rows_of(found: dict) -> str:
-    rows, plain, third = [], found["SIM"], found["SIM, third view"]
+    rows, plain, third = [], found.get("SIM", []), found.get("SIM, third view", [])
     for kind, points in found.items():
         for cost, epochs, values in points:
             row = [kind, str(epochs), f"{cost:.0f}"]
@@ -92,12 +96,12 @@ def draw(path: Path, found: dict) -> None:
         for kind, points in found.items():
             shown = [(cost, spread(values[metric].values())) for cost, _, values in points if metric in values]
             costs, middle = [cost for cost, _ in shown], [of["mean"] for _, of in shown]
-            wide, colour = [of["std"] or 0 for _, of in shown], KINDS[kind][1]
-            axis.plot(costs, middle, "o-", color=colour, markersize=4, label=kind)
+            wide, colour = [of["std"] or 0 for _, of in shown], COLOURS[kind]
+            axis.plot(costs, middle, "o:" if "end" in kind else "o-", color=colour, markersize=4, label=kind)
             low, high = ([m + sign * w for m, w in zip(middle, wide)] for sign in (-1, 1))
             axis.fill_between(costs, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.set_xscale("log")
-        axis.set_xticks([30, 60, 120, 240])
+        axis.set_xticks([cost for cost, _, _ in found.get("SIM", [])])
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xlabel("cost, in epochs of SIM")
@@ -105,7 +109,7 @@ def draw(path: Path, found: dict) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("top-1 (%)")
     lines, labels = axes[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
@@ -113,8 +117,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, default=DEFAULT)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--method", choices=MORE_PASSES, default="simclr")
     options = parser.parse_args()
-    found = points_of([line for file in options.results for line in lines_of(file)])
+    found = points_of([line for file in options.results for line in lines_of(file)], options.method)
     print(rows_of(found))
     draw(options.out, found)
 

@@ -2,7 +2,8 @@
 
     python benchmarks/study.py --dataset DIR --out runs/study --jobs 2 --grids methods passes
     python benchmarks/study.py --dataset DIR --out runs/study --jobs 2 --grids length mixtures siblings --best simclr
-    python benchmarks/study.py --dataset DIR --out runs/curve --grids cost candidates controls
+    python benchmarks/study.py --dataset DIR --out runs/curve --grids cost others candidates controls capacity
+    python benchmarks/study.py --dataset DIR --out runs/few --grids few -- --split 'train[:1000]'
 
 A finished cell is not run again and a broken one is resumed, so the same command ends what was interrupted.
 Leaves the runs, results.jsonl with a line a cell, findings.md and uniformity.png (which findings.py makes again from
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
-from findings import MORE_PASSES, STEPS, draw, report  # noqa: E402
+from findings import MORE_PASSES, NEAR, STEPS, draw, report  # noqa: E402
 from search import SEARCH  # noqa: E402
 from search import WEIGHTS as SEARCHED  # noqa: E402
 
@@ -45,7 +46,8 @@ WEIGHTS = (1.0, 0.5, 0.0)
 SIBLINGS = ("imix", "unmix", "mixco", "keymix")
 PARTS = ("simclr_apart", "simclr_plain_end")
 CONTROLS = ("simclr_third", "moco_third", "byol_third")
-CANDIDATES = (*PARTS, "simclr_apart_plain_end", "simclr_sim_apart", *CONTROLS)
+PLAIN_ENDS = ("moco_plain_end", "byol_plain_end", "simsiam_plain_end")
+CANDIDATES = (*PARTS, "simclr_apart_plain_end", "simclr_sim_apart", *PLAIN_ENDS, *CONTROLS)
 SIZES = {
     "small": {"split": "train[:5000]", "backbone": "resnet_tiny", "epochs": 30, "mixed_precision": "bf16"},
     "full": {"backbone": "resnet18", "epochs": 200, "mixed_precision": "bf16"},
@@ -87,10 +89,20 @@ def cells_of(grid: str, best: str, epochs: int) -> list[dict]:
     if grid == "controls":  # a third plain view in the place of the mixture, as long as SIM and at its cost
         lengths = {m: (4 * epochs, round(4 * epochs / MORE_PASSES[m.removesuffix("_third")])) for m in CONTROLS}
         return [{"method": m, **both, "epochs": length} for m in CONTROLS for length in lengths[m]]
-    if grid == "cost":  # cost_curve.py: each kind at the cost of SIM's lengths
+    if grid in ("cost", "few"):  # cost_curve.py: each kind at the cost of SIM's lengths; few: of 1,000 images
         kinds = [("simclr", 1.0, 1), ("simclr_third", 0.5, 3 / 2), ("simclr", 0.5, 3 / 2), ("simclr", 0.0, 1)]
-        lengths = [length * epochs for length in (1, 2, 4, 8)]
+        lengths = [length * epochs for length in ((1, 2, 4, 8) if grid == "cost" else (20, 40))]
         return [{"method": m, "sim_weight": w, "epochs": round(e / more)} for e in lengths for m, w, more in kinds]
+    if grid == "others":  # cost_curve.py --method: by the measured cost of a step, as passes say less of these
+        lengths = {"moco": (4, 8), "byol": (4,), "simsiam": (4,)}
+        kinds = [(m, m, w) for m in lengths for w in WEIGHTS]
+        kinds += [(name.split("_")[0], name, 0.0) for name in PLAIN_ENDS]
+        kinds += [(name.split("_")[0], name, 0.5) for name in CONTROLS if not name.startswith("simclr")]
+        return [
+            {"method": m, "sim_weight": w, "epochs": of_cost(m, w, n * epochs)}
+            for own, m, w in kinds
+            for n in lengths[own]
+        ]
     if grid == "search":  # at the cost of SIM, by cost_search.jsonl
         lengths = {key: round(4 * epochs / STEPS[key]["ratio"]) for key in SEARCHED.items()}
         return [{"method": m, "sim_weight": w, "epochs": length} for (m, w), length in lengths.items()]
@@ -99,6 +111,12 @@ def cells_of(grid: str, best: str, epochs: int) -> list[dict]:
         cell = {"method": "simclr"}
         return [{**cell, "sim_weight": w, "epochs": e, "backbone": b} for b, e in sizes.items() for w in weights]
     raise ValueError(grid)
+
+
+def of_cost(method: str, weight: float, epochs: int) -> int:
+    """The epochs that cost as much as `epochs` of SIM; a plain end has the steps of its method."""
+    ratio = STEPS[method.removesuffix("_plain_end"), weight]["ratio"]
+    return epochs if ratio - 1 < NEAR else round(epochs / ratio)
 
 
 def commit() -> str:
@@ -243,7 +261,7 @@ def main():
         "--grids",
         nargs="+",
         default=["methods"],
-        help="methods passes length mixtures siblings candidates controls cost search capacity",
+        help="methods passes length mixtures siblings candidates controls cost few others search capacity",
     )
     parser.add_argument("--best", choices=METHODS, default="simclr", help="the method that gained most by `methods`")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import cost_curve  # noqa: E402
 import findings  # noqa: E402
 import study  # noqa: E402
+from candidates import CANDIDATES  # noqa: E402
 
 KNN = {1.0: (40.0, 41.0, 45.0), 0.5: (42.0, 42.5, 48.0), 0.0: (39.0, 43.0, 44.0)}
 
@@ -69,6 +70,16 @@ def test_the_grids_are_those_that_the_claims_need():
     for cell in study.cells_of("search", "moco", 30):
         ratio = study.STEPS[cell["method"], cell["sim_weight"]]["ratio"]
         assert cell["epochs"] * ratio == pytest.approx(120, abs=ratio)
+    few = {(cell["method"], cell["sim_weight"], cell["epochs"]) for cell in study.cells_of("few", "moco", 30)}
+    assert few == {(m, w, 5 * e) for m, w, e in cost if e in (80, 120, 160, 240)}
+    others = study.cells_of("others", "moco", 30)
+    assert len(others) == 2 * 5 + 5 + 4  # MoCo twice as long too; SimSiam has no third view
+    for cell in others:
+        step = cell["method"].removesuffix("_plain_end"), cell["sim_weight"]
+        cost = study.STEPS[step]["ratio"] * cell["epochs"]
+        assert min(abs(cost / length - 1) for length in (120, 240)) < findings.NEAR
+        assert cell["method"] in METHODS or cell["method"] in CANDIDATES
+    assert {CANDIDATES[name].Method.mix_until for name in study.PLAIN_ENDS} == {0.75}
     capacity = {(c["backbone"], c["sim_weight"], c["epochs"]) for c in study.cells_of("capacity", "moco", 30)}
     assert capacity == {(b, w, e) for b, e in (("resnet_tiny_wide", 120), ("resnet18", 15)) for w in (1, 0)}
     for cells in everything.values():
@@ -233,6 +244,9 @@ def test_the_curve_compares_at_equal_cost(monkeypatch, place):
         old = "simclr_apart_plain_end" if seed else "simclr"
         lines += [line(old, 0.0, 120, seed, value + 3, **({} if seed else {"mix_until": 0.75}))]
     lines += [line("random", 1.0, 0, 0, 1.0), line("moco", 0.5, 80, 0, 1.0)]
+    lines += [
+        line(f"moco{kind}", 0.0 if kind != "_third" else 0.5, 120, 0, 2.0) for kind in ("", "_third", "_plain_end")
+    ]
     found = cost_curve.points_of(lines)
     assert {kind: [(round(cost), epochs) for cost, epochs, _ in points] for kind, points in found.items()} == {
         "SIM": [(120, 120), (240, 240)],
@@ -244,6 +258,9 @@ def test_the_curve_compares_at_equal_cost(monkeypatch, place):
     low, high = stats.t.interval(0.95, 2, loc=3, scale=stats.sem([2, 3, 4]))
     assert f"| 45.0 ± 3.6 (3) | +3.0 ({low:+.1f} to {high:+.1f}) |" in rows["half SIM, half BSIM", "80"]
     assert "| 45.0 ± 2.6 (3) | +3.0 (+3.0 to +3.0) | +2.0 (+2.0 to +2.0) |" in rows["BSIM", "120"]
+    others = {kind: [epochs for _, epochs, _ in points] for kind, points in cost_curve.points_of(lines, "moco").items()}
+    names = ("SIM, third view", "half SIM, half BSIM", "BSIM", "BSIM, plain end")
+    assert others == dict(zip(names, ([120], [80], [120], [120])))
     cost_curve.draw(place / "cost.png", found)
     assert (place / "cost.png").read_bytes().startswith(b"\x89PNG")
 
