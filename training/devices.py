@@ -9,12 +9,23 @@ from flags import UserError
 
 
 def open_accelerator(mixed_precision: str | None, **options) -> Accelerator:
-    """Accelerate's, on the accelerator that there is. Raises UserError for a precision that it does not have."""
+    """Accelerate's, on the accelerator that there is. Raises UserError for a precision that it does not have.
+
+    A line says where bf16 is slower than fp32, as `accelerate config` may have been answered for a GPU.
+    """
     try:
         # Without `cpu` it would not see torchrun's processes on a CPU.
-        return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision, **options)
+        found = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision, **options)
     except ValueError as error:
         raise UserError(f"--mixed_precision {mixed_precision}: {error}") from None
+    if found.device.type == "cpu" and found.mixed_precision == "bf16" and not _cpu_has_bf16():
+        found.print("bf16 is slow on this CPU, which has no instructions for it; --mixed_precision no is faster")
+    return found
+
+
+def _cpu_has_bf16() -> bool:
+    # Without AVX-512, or what other CPUs have in its place, oneDNN's convolutions took ten times as long as in fp32.
+    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def mover(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
