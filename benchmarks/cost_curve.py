@@ -119,7 +119,11 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--method", choices=MORE_PASSES, default="simclr")
     options = parser.parse_args()
-    found = points_of([line for file in options.results for line in lines_of(file)], options.method)
+    lines = [line for file in options.results for line in lines_of(file)]
+    networks = sorted({line["settings"]["backbone"] for line in lines if "backbone" in line["settings"]})
+    if len(networks) > 1:
+        sys.exit(f"cost_curve.py: the results are of {' and '.join(networks)}; give those of one network")
+    found = points_of(lines, options.method)
     print(rows_of(found))
     draw(options.out, found)
 

@@ -38,12 +38,13 @@ COLUMNS = {
     "BSIM": JUDGED,
     "SIM apart": JUDGED,
 }  # metrics whose differences from these cells are shown
-SETTINGS = ("method", "sim_weight", "epochs", "mix", "alpha", "per_sample", "temperature")
+SETTINGS = ("method", "sim_weight", "epochs", "backbone", "mix", "alpha", "per_sample", "temperature")
 USUAL = {"mix": "cutmix", "alpha": 1.0, "per_sample": True, "temperature": 0.2}  # the defaults for small images
 # Encoder passes of an image in a step: what half SIM, half BSIM pays more than SIM (methods/*.py).
 MORE_PASSES = {"simclr": 3 / 2, "moco": 3 / 2, "mocov3": 6 / 4, "byol": 6 / 4, "simsiam": 4 / 2}
 RESULTS = Path(__file__).parent / "results"
 COSTS = [RESULTS / "cost_search.jsonl", RESULTS / "cost.jsonl"]  # of a step in both the later is shown
+SMALL = "resnet_tiny"  # the network that steps were measured of, and of lines that name none
 NEAR = 0.06  # costs that differ by less are equal
 MARKS = {"simclr": "o", "moco": "s", "mocov3": "v", "byol": "^", "simsiam": "D"}
 
@@ -56,11 +57,16 @@ def lines_of(file: Path) -> list[dict]:
 STEPS = {(line["method"], line["sim_weight"]): line for file in COSTS if file.exists() for line in lines_of(file)}
 
 
+def group_of(line: dict) -> tuple:
+    settings = {"backbone": SMALL, **line["settings"]}
+    return tuple(settings.get(k) for k in SETTINGS)
+
+
 def groups_of(lines: list[dict]) -> dict:
     """{settings: {metric: {seed: value}}}: cells that differ in the seed alone."""
     groups = {}
     for line in lines:
-        group = groups.setdefault(tuple(line["settings"].get(k) for k in SETTINGS), {})
+        group = groups.setdefault(group_of(line), {})
         for metric, value in line["metrics"].items():
             group.setdefault(metric, {})[line["settings"]["seed"]] = value
     return groups
@@ -76,8 +82,8 @@ def plain_of(settings: dict, groups: dict, long_enough) -> tuple | None:
     """The group of plain SIM to compare `settings` with. long_enough(epochs): which length."""
     for other in groups:
         found = dict(zip(SETTINGS, other))
-        alike = (found["method"], found["temperature"]) == (base_of(settings), settings["temperature"])
-        if alike and found["sim_weight"] == 1 and long_enough(found["epochs"]):
+        alike = all(found[k] == settings[k] for k in ("backbone", "temperature"))
+        if alike and found["method"] == base_of(settings) and found["sim_weight"] == 1 and long_enough(found["epochs"]):
             return other
     return None
 
@@ -85,17 +91,20 @@ def plain_of(settings: dict, groups: dict, long_enough) -> tuple | None:
 def cost_of(settings: dict) -> float | None:
     """In epochs of SIM; None for a step that was not measured."""
     step = STEPS.get((settings["method"], settings["sim_weight"]))
+    if settings.get("backbone", SMALL) != SMALL:
+        return None
     return step and step["ratio"] * settings["epochs"]
 
 
 def words_of(settings: dict) -> list[str]:
-    """A row's head: method, sim_weight, what is not the default, epochs, cost, passes with and without a gradient."""
+    """A row's head: method and network, sim_weight, what is not the default, epochs, cost, passes."""
     shown = [k for k in USUAL if settings[k] not in (USUAL[k], None)]
     shown = [k for k in shown if settings["sim_weight"] < 1 or k == "temperature"]  # SIM has no mixture
     other = ", ".join(f"{k} {settings[k]}" for k in shown)
     step, cost = STEPS.get((settings["method"], settings["sim_weight"])), cost_of(settings)
     passes = "{:g} + {:g}".format(*step["passes"]) if step else ""
-    head = [settings["method"], f"{settings['sim_weight']:g}", other, str(settings["epochs"])]
+    own = settings["method"] + (f", {settings['backbone']}" if settings["backbone"] != SMALL else "")
+    head = [own, f"{settings['sim_weight']:g}", other, str(settings["epochs"])]
     return [*head, "" if cost is None else f"{cost:.0f}", passes]
 
 
@@ -137,14 +146,15 @@ def means(groups: dict, chosen, **versus) -> str:
 def ranks(lines: list[dict]) -> str:
     """Spearman's rank correlation of uniformity with accuracy over cells: of each method, and of all together.
 
-    The mean of each method at each length is taken away first: neither which method nor how long it trained counts.
+    The mean of each method, length and network is taken away first, so that none of them counts.
     """
     rows, methods = [], {line["settings"]["method"] for line in lines}
     for name in [*(m for m in MORE_PASSES if m in methods), "all"]:
         parts = {}
         for line in lines:
             if name in ("all", line["settings"]["method"]):
-                part = parts.setdefault((line["settings"]["method"], line["settings"]["epochs"]), [])
+                found = dict(zip(SETTINGS, group_of(line)))
+                part = parts.setdefault(tuple(found[k] for k in ("method", "epochs", "backbone")), [])
                 part.append([line["metrics"].get(k, np.nan) for k in COMPARED])
         values = np.concatenate([np.array(part) - np.mean(part, 0) for part in parts.values()])
         row = [name, str(len(values))]
@@ -214,7 +224,7 @@ def report(lines: list[dict]) -> str:
         return plain_of(s, groups, lambda epochs: round(epochs / MORE_PASSES[s["method"]]) == s["epochs"])
 
     def as_usual(s):
-        wanted = (base_of(s), s["sim_weight"], s["epochs"])
+        wanted = (base_of(s), s["sim_weight"], s["epochs"], s["backbone"])
         return next((g for g in plain if g[: len(wanted)] == wanted), None)  # SETTINGS begins with these
 
     def pure_beside(s):
@@ -224,7 +234,7 @@ def report(lines: list[dict]) -> str:
     lengths = {as_settings[g]["epochs"] for g in groups if as_settings[g]["sim_weight"] == 1}
     plain = [g for g, s in as_settings.items() if usual(s) and s["epochs"] in lengths]
     halves = [g for g, s in as_settings.items() if usual(s) and 0 < s["sim_weight"] < 1 and same_passes(s)]
-    text = ["### SIM, both and BSIM, at equal steps", means(groups, sort(plain), SIM=same_steps)]
+    text = ["### SIM, both and BSIM, at equal steps", means(groups, sort(plain), SIM=same_steps)] if plain else []
     if baselines:
         rows = []
         for name in ("pixels", "random"):
@@ -245,9 +255,10 @@ def report(lines: list[dict]) -> str:
             "### Siblings and candidates, against the SIM of their method",
             means(groups, sort(siblings), SIM=same_cost, usual=as_usual, **{"SIM apart": sim_apart}),
         ]
-    compared = [line for line in lines if tuple(line["settings"].get(k) for k in SETTINGS) in plain]
-    text += ["### Does accuracy follow uniformity? Spearman's rank correlation over the cells of the first table"]
-    text += ["Within methods and lengths: the mean of each is taken away first.", ranks(compared)]
+    compared = [line for line in lines if group_of(line) in plain]
+    if compared:
+        text += ["### Does accuracy follow uniformity? Spearman's rank correlation over the cells of the first table"]
+        text += ["Within methods and lengths: the mean of each is taken away first.", ranks(compared)]
     return "\n\n".join(text) + "\n"
 
 

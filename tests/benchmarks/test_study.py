@@ -228,6 +228,39 @@ def test_a_candidate_is_compared_with_sim_of_as_many_epochs_or_of_its_cost(monke
     }
 
 
+def test_networks_are_kept_apart(tmp_path, monkeypatch):
+    """Cells of a wider network are compared with SIM of that network; what their steps cost was not measured."""
+    monkeypatch.setattr(findings, "STEPS", {("simclr", w): {"ratio": 1.0 + w, "passes": [2, 0]} for w in (0.0, 1.0)})
+    lines = []
+    for network, plain in ((None, 40.0), ("wide", 60.0)):
+        for weight, value in ((1.0, plain), (0.0, plain + 3 + (network == "wide"))):
+            settings = {"method": "simclr", "sim_weight": weight, "epochs": 9, "seed": 0, **findings.USUAL}
+            settings |= {"backbone": network} if network else {}  # lines that name none are of resnet_tiny
+            lines.append({"cell": "x", "settings": settings, "metrics": {"knn top1": value}})
+    said = [[word.strip() for word in row.split("|")] for row in findings.report(lines).splitlines()]
+    rows = [row for row in said if len(row) > 13 and row[1].startswith("simclr")]
+    found = {(row[1], row[2]): (row[5], row[7], row[13]) for row in rows}
+    assert found == {
+        ("simclr", "1"): ("18", "40.0", ""),
+        ("simclr", "0"): ("9", "43.0", "+3.0 (one seed)"),
+        ("simclr, wide", "1"): ("", "60.0", ""),
+        ("simclr, wide", "0"): ("", "64.0", "+4.0 (one seed)"),
+    }
+    results = tmp_path / "results.jsonl"
+    lines[0]["settings"]["backbone"] = "resnet_tiny"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr("sys.argv", ["cost_curve.py", str(results), "--out", str(tmp_path / "cost.png")])
+    with pytest.raises(SystemExit, match="the results are of resnet_tiny and wide; give those of one network"):
+        cost_curve.main()
+
+
+def test_cells_without_a_plain_run_beside_them_are_reported(monkeypatch):
+    """A grid of candidates alone has no SIM: its table is made, without differences and without ranks."""
+    settings = {"method": "simclr_near", "sim_weight": 0.0, "epochs": 9, "seed": 0, **findings.USUAL}
+    text = findings.report([{"cell": "x", "settings": settings, "metrics": {"knn top1": 41.0}}])
+    assert "| 41.0 " in text and "one seed" not in text and "Spearman" not in text
+
+
 def test_the_curve_compares_at_equal_cost(monkeypatch, place):
     ratios = {("simclr", 1.0): 1.0, ("simclr", 0.5): 1.5, ("simclr_third", 0.5): 1.6, ("simclr", 0.0): 1.02}
     monkeypatch.setattr(findings, "STEPS", {key: {"ratio": ratio} for key, ratio in ratios.items()})
