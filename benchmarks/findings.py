@@ -90,9 +90,9 @@ def plain_of(settings: dict, groups: dict, long_enough) -> tuple | None:
 
 def cost_of(settings: dict) -> float | None:
     """In epochs of SIM; None for a step that was not measured."""
-    step = STEPS.get((settings["method"], settings["sim_weight"]))
     if settings.get("backbone", SMALL) != SMALL:
         return None
+    step = STEPS.get((settings["method"], settings["sim_weight"]))
     return step and step["ratio"] * settings["epochs"]
 
 
