@@ -120,9 +120,10 @@ def main():
     parser.add_argument("--method", choices=MORE_PASSES, default="simclr")
     options = parser.parse_args()
     lines = [line for file in options.results for line in lines_of(file)]
-    networks = sorted({line["settings"]["backbone"] for line in lines if "backbone" in line["settings"]})
-    if len(networks) > 1:
-        sys.exit(f"cost_curve.py: the results are of {' and '.join(networks)}; give those of one network")
+    for key in ("backbone", "split"):
+        values = sorted({line["settings"][key] for line in lines if key in line["settings"]})
+        if len(values) > 1:
+            sys.exit(f"cost_curve.py: the results are of {key} {' and '.join(values)}; give those of one {key}")
     found = points_of(lines, options.method)
     print(rows_of(found))
     draw(options.out, found)

@@ -39,6 +39,8 @@ COLUMNS = {
     "SIM apart": JUDGED,
 }  # metrics whose differences from these cells are shown
 SETTINGS = ("method", "sim_weight", "epochs", "backbone", "mix", "alpha", "per_sample", "temperature")
+FIXED = ("split", "image_size", "batch_size", "mixed_precision", "mix_until")  # one value in a row
+BEFORE = {"mix_until": 1.0}  # of lines from before the flag
 USUAL = {"mix": "cutmix", "alpha": 1.0, "per_sample": True, "temperature": 0.2}  # the defaults for small images
 # Encoder passes of an image in a step: what half SIM, half BSIM pays more than SIM (methods/*.py).
 MORE_PASSES = {"simclr": 3 / 2, "moco": 3 / 2, "mocov3": 6 / 4, "byol": 6 / 4, "simsiam": 4 / 2}
@@ -70,6 +72,18 @@ def groups_of(lines: list[dict]) -> dict:
         for metric, value in line["metrics"].items():
             group.setdefault(metric, {})[line["settings"]["seed"]] = value
     return groups
+
+
+def refuse_mixed(lines: list[dict]) -> None:
+    """Exit where cells would be read as seeds of one row but differ in more than the seed."""
+    seen = {}
+    for line in lines:
+        for key in FIXED:
+            value = line["settings"].get(key, BEFORE.get(key))
+            first = seen.setdefault((group_of(line), key), value)
+            if value != first:
+                cell = line["cell"].partition("-seed")[0]
+                sys.exit(f"findings.py: {cell} stands there with {key} {first} and with {value}; give files of one")
 
 
 def base_of(settings: dict) -> str:
@@ -268,6 +282,7 @@ def main():
     parser.add_argument("--out", help="a folder for findings.md and uniformity.png")
     options = parser.parse_args()
     lines = [line for file in options.results for line in lines_of(file)]
+    refuse_mixed(lines)
     text = report(lines)
     print(text)
     if options.out:

@@ -1,6 +1,7 @@
 """benchmarks/study.py: which cells there are, that none is run twice, and what is concluded from their results."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -250,8 +251,28 @@ def test_networks_are_kept_apart(tmp_path, monkeypatch):
     lines[0]["settings"]["backbone"] = "resnet_tiny"
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr("sys.argv", ["cost_curve.py", str(results), "--out", str(tmp_path / "cost.png")])
-    with pytest.raises(SystemExit, match="the results are of resnet_tiny and wide; give those of one network"):
+    with pytest.raises(SystemExit, match="the results are of backbone resnet_tiny and wide; give those of one"):
         cost_curve.main()
+
+
+@pytest.mark.parametrize(
+    "key, first, second", [("mix_until", "1.0", "0.75"), ("split", "train[:5000]", "train[:1000]")]
+)
+def test_a_row_takes_no_other_setting(tmp_path, monkeypatch, key, first, second):
+    """Two files hold the same cell with another share of mixtures, or of other images: not seeds of one row."""
+    cell = {"method": "simclr", "sim_weight": 0.0, "epochs": 9, "backbone": "resnet_tiny", **findings.USUAL}
+    files = [tmp_path / name for name in ("one.jsonl", "two.jsonl")]
+    for seed, (file, more) in enumerate(zip(files, (first, second))):
+        more = float(more) if key == "mix_until" else more
+        settings = {"split": "train[:5000]", **cell, "seed": seed, **({} if more == 1 else {key: more})}
+        file.write_text(json.dumps({"cell": f"simclr-w0-e9-seed{seed}", "settings": settings, "metrics": {}}) + "\n")
+    monkeypatch.setattr("sys.argv", ["findings.py", *map(str, files)])
+    with pytest.raises(SystemExit, match=re.escape(f"simclr-w0-e9 stands there with {key} {first} and with {second}")):
+        findings.main()
+    if key == "split":
+        monkeypatch.setattr("sys.argv", ["cost_curve.py", *map(str, files), "--out", str(tmp_path / "cost.png")])
+        with pytest.raises(SystemExit, match=re.escape(f"the results are of split {second} and {first}")):
+            cost_curve.main()
 
 
 def test_cells_without_a_plain_run_beside_them_are_reported(monkeypatch):
