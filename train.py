@@ -20,7 +20,7 @@ from loading.batches import VIEW, Batches, Feed, StreamBatches, generator, place
 from loading.images import after_crop
 from methods import METHODS
 from methods.networks import Losses, average_statistics
-from training import dry_run, guards, left_out, pictures, trackers
+from training import dry_run, guards, left_out, lock, pictures, trackers
 from training import folder as run_folder
 from training.devices import mover, open_accelerator
 from training.optimize import learning_rate, optimizer_of
@@ -32,13 +32,16 @@ from training.state import Training
 
 
 @command(Pretraining)
+@lock.releasing()
 def pretrain(asked: Pretraining, given: Given) -> Path | None:
     """Pretrain a backbone as `Pretraining` says; returns the run folder, or None after a dry run."""
     asked, folder, began = read(asked, given)
     accelerator = start(asked, folder)
-    peers = Peers()
-    if folder is None and not asked.dry_run:
+    if folder is not None:
+        lock.take_for_all(folder)
+    elif not asked.dry_run:
         run_folder.choose(asked.out, asked.method, asked.dataset)  # refuses a folder in use, in every process alike
+    peers = Peers()
 
     source = open_data(asked, accelerator, began)
     for line in source.found:
@@ -182,6 +185,8 @@ def open_folder(t: Training, folder: Path | None, peers: Peers) -> None:
         new = folder is None
         folder = folder or run_folder.create(t.s.out, t.s.method, t.s.dataset)
         with guards.leaves_no_half(folder, new):
+            if new:
+                lock.take(folder, "--out")
             run_folder.cut_metrics(folder, t.start)
             left_out.add(folder, t.source.left_out)
             config = {**t.s.config(), "out": str(folder), "versions": run_folder.versions()}

@@ -35,7 +35,7 @@ from loading.reading import range_of
 from methods.networks import average_statistics
 from methods.networks import backbone as build_backbone
 from training import folder as run_folder
-from training import guards
+from training import guards, lock
 from training.peers import Peers, agreement
 from training.weights import Backbone
 
@@ -76,9 +76,12 @@ RECIPES = {
 
 
 @command(Detection)
+@lock.releasing()
 def detect(asked: Detection, given: Given) -> dict:
     s, folder, resumes, loaded = _settings(asked, given)
     accelerator, workers = start(s)
+    if resumes:
+        lock.take_for_all(folder)
     warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated", FutureWarning)  # its heir is private
     accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)  # they are averaged when saved
     say, rank, world = accelerator.print, accelerator.process_index, accelerator.num_processes
@@ -118,6 +121,8 @@ def detect(asked: Detection, given: Given) -> dict:
 
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        if not resumes:
+            lock.take(folder, "--out")
         run_folder.cut_metrics(folder, first)
         kept = {**dataclasses.asdict(s), "out": str(folder), "protocol": "detect", "backbone": loaded.name}
         run_folder.write_json(folder / "config.json", kept | {"versions": run_folder.versions()})

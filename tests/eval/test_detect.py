@@ -26,6 +26,7 @@ from eval.settings import Detection
 from flags import Given, UserError
 from methods.networks import backbone
 from tests.eval.scenes import coco_folder, scene, voc_folder
+from tests.training.test_lock import held
 from training import folder as run_folder
 
 ROOT = Path(__file__).parents[2]
@@ -410,6 +411,8 @@ def test_a_run_leaves_its_result_and_goes_on_as_if_nothing_had_been(place, capsy
         detect(**options, out="cut")
     with pytest.raises(UserError, match="that run has --lr 0.02, not 0.5"):
         detect(resume="cut", lr=0.5)
+    with held(Path("cut")), pytest.raises(UserError, match="--resume cut: process 7 on node3 trains there"):
+        detect(resume="cut", workers=1)
     assert detect(resume="cut", workers=1) == metrics
     one, two = ends(folder), ends("cut")
     assert all(torch.equal(one[name], two[name]) for name in one)
