@@ -78,9 +78,10 @@ def refuse_mixed(lines: list[dict]) -> None:
     """Exit where cells would be read as seeds of one row but differ in more than the seed."""
     seen = {}
     for line in lines:
+        group = group_of(line)
         for key in FIXED:
             value = line["settings"].get(key, BEFORE.get(key))
-            first = seen.setdefault((group_of(line), key), value)
+            first = seen.setdefault((group, key), value)
             if value != first:
                 cell = line["cell"].partition("-seed")[0]
                 sys.exit(f"findings.py: {cell} stands there with {key} {first} and with {value}; give files of one")
