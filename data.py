@@ -117,8 +117,8 @@ def open_source(
         else:
             parts, notes = columns.numbered({split: train, eval_split: held_out})
             source, said = _source(parts, wholes, split, eval_split, skip_bad_images, seed, way, hold_out)
-    own = source.queries is not None and source.queries[0] is source.train
-    if own and eval_split:
+    notes += columns.could_be_labels(opened.splits, image_column, label_column)
+    if eval_split and source.queries is not None and source.queries[0] is source.train:
         notes.append(f"split {eval_split} has no labels: k-NN holds out a tenth of {split} in its place")
     return _told(source, opened, dataset, split, said, notes)
 
@@ -237,7 +237,8 @@ def open_labelled(
             if "label" in rows.column_names:
                 parts[wanted] = rows
             elif not optional:
-                why = "; ".join(found.notes) or "name their column: --label_column NAME"
+                unused = columns.could_be_labels(found.splits, image_column, label_column)
+                why = "; ".join([*found.notes, *unused]) or "no column could be"
                 raise UserError(f"--dataset {dataset}: split {wanted} has no labels; {why}")
         parts, notes = columns.numbered(parts)
     if not asked and eval_split in parts and not (np.asarray(parts[eval_split]["label"]) >= 0).any():

@@ -20,24 +20,24 @@ def features_of(rows):
     return rows.features or Dataset.from_list(list(rows.take(1))).features
 
 
+def _kind(features, name: str) -> str:
+    return getattr(features[name], "dtype", "") or type(features[name]).__name__
+
+
 def chosen(rows, spec: str, image: str | None, label: str | None, optional: bool = False):
     """`rows` with only the columns "image", undecoded, and "label", which may be missing where `optional`.
 
     Nothing is copied, neither to disk nor in memory. Raises UserError where a column is missing or ambiguous.
     """
     features = features_of(rows)
-
-    def kind(name):
-        return getattr(features[name], "dtype", "") or type(features[name]).__name__
-
-    has = ", ".join(f"{name} ({kind(name)})" for name in features)
+    has = ", ".join(f"{name} ({_kind(features, name)})" for name in features)
     if optional and label not in (None, "none") and label not in features:
         label = "none"
     for flag, name in (("image_column", image), ("label_column", label)):
         if name not in (None, "none") and name not in features:
             raise UserError(f"--{flag} {name}: no such column in {spec}; it has {has}")
-    image = _image_column(features, kind, spec, image, has)
-    label = _label_column(features, kind, spec, label, image)
+    image = _image_column(features, spec, image, has)
+    label = _label_column(features, spec, label, image)
     if isinstance(rows, Dataset) or isinstance(features[image], datasets.Image):  # first: a stream would decode it
         rows = rows.cast_column(image, datasets.Image(decode=False))
     rows = rows.select_columns([image] + [label] * (label != "none"))
@@ -46,11 +46,11 @@ def chosen(rows, spec: str, image: str | None, label: str | None, optional: bool
         return rows
     kept = {"image": datasets.Image(decode=False)}
     if label != "none":
-        kept["label"] = features[label] if rows.features or kind(label) in WORDS else Value("int64")
+        kept["label"] = features[label] if rows.features or _kind(features, label) in WORDS else Value("int64")
     return rows.cast(Features(kept))
 
 
-def _image_column(features, kind, spec, image, has):
+def _image_column(features, spec, image, has):
     def is_image(name):
         found = features[name]
         return isinstance(found, datasets.Image) or (isinstance(found, dict) and set(found) == {"bytes", "path"})
@@ -58,7 +58,7 @@ def _image_column(features, kind, spec, image, has):
     if image is None:
         found = [name for name in features if is_image(name)]
         if not found:
-            plain = [name for name in features if kind(name) in ("binary", "large_binary")]
+            plain = [name for name in features if _kind(features, name) in ("binary", "large_binary")]
             offered = f"; if {plain[0]} holds image files: --image_column {plain[0]}" if plain else ""
             raise UserError(f"--dataset {spec}: no column holds images; it has {has}{offered}")
         if len(found) > 1:
@@ -66,14 +66,29 @@ def _image_column(features, kind, spec, image, has):
                 f"--dataset {spec}: images in columns {', '.join(found)}; choose: --image_column {found[0]}"
             )
         return found[0]
-    if not is_image(image) and kind(image) not in ("binary", "large_binary"):
-        raise UserError(f"--image_column {image}: {kind(image)} is no image column")
+    if not is_image(image) and _kind(features, image) not in ("binary", "large_binary"):
+        raise UserError(f"--image_column {image}: {_kind(features, image)} is no image column")
     return image
 
 
-def _label_column(features, kind, spec, label, image):
-    numbers = [name for name in features if re.fullmatch(r"u?int\d+", kind(name))]
-    holds = [name for name in features if name in numbers or kind(name) in (*WORDS, "bool")]
+def could_be_labels(splits: dict, image: str | None, label: str | None) -> list[str]:
+    """A note where no column is taken for the labels, and some could be; else none."""
+    features = features_of(next(iter(splits.values())))
+    holds = [name for name in _hold_classes(features)[0] if name != image]
+    if label is not None or not holds or _label_column(features, "", None, image) != "none":
+        return []
+    listed = ", ".join(f"{name} ({_kind(features, name)})" for name in holds[:4]) + ", ..." * (len(holds) > 4)
+    return [f"no labels are used; {listed} could be: --label_column {holds[0]}"]
+
+
+def _hold_classes(features) -> tuple[list[str], list[str]]:
+    """The columns that can hold classes, and those of them that hold integers."""
+    numbers = [name for name in features if re.fullmatch(r"u?int\d+", _kind(features, name))]
+    return [name for name in features if name in numbers or _kind(features, name) in (*WORDS, "bool")], numbers
+
+
+def _label_column(features, spec, label, image):
+    holds, numbers = _hold_classes(features)
     if label is None:
         found = [name for name in features if isinstance(features[name], ClassLabel)]
         found = found or [name for word in NAMES for name in holds if name.casefold() == word and name != image][:1]
@@ -84,7 +99,7 @@ def _label_column(features, kind, spec, label, image):
             )
         return found[0] if found else "none"
     if label != "none" and label not in holds:
-        raise UserError(f"--label_column {label}: {kind(label)} holds no classes; want integers or names")
+        raise UserError(f"--label_column {label}: {_kind(features, label)} holds no classes; want integers or names")
     return label
 
 

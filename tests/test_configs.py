@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from tests.test_train import lines
 from training import folder as run_folder
@@ -30,6 +32,14 @@ def test_accelerate_reads_them(name, kind, machines, processes):
     found = load_config_from_file(str(ROOT / "configs" / f"{name}.yaml"))
     assert (found.distributed_type, found.num_machines, found.num_processes) == (kind, machines, processes)
     assert found.use_cpu == (name == "cpu")
+
+
+def test_cuda_visible_devices_says_which_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    arguments = launch_command_parser().parse_args(["--config_file", str(ROOT / "configs" / "gpu.yaml"), "bsim.py"])
+    _, environment = prepare_simple_launcher_cmd_env(_validate_launch_command(arguments)[0])
+    assert environment["CUDA_VISIBLE_DEVICES"] == "3"
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
 @pytest.mark.slow

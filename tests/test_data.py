@@ -218,6 +218,19 @@ def test_columns_by_type_and_by_flag(place):
     assert set(source.train.labels(torch.arange(20)).tolist()) == {0, 1, 2, 3}
     assert data.open_source("labels.parquet", label_column="none").queries is None
 
+    others = {"x": list(range(20)), "y": [i % 4 for i in range(20)], "kind": ["a", "b"] * 10}
+    rows = table(20).remove_columns("label")
+    for name, values in others.items():
+        rows = rows.add_column(name, values)
+    rows.to_parquet(place / "unnamed.parquet")
+    note = "no labels are used; x (int64), y (int64), kind (string) could be: --label_column x"
+    source = data.open_source("unnamed.parquet")
+    assert source.queries is None and [line for line in source.found if "labels" in line] == [f"note: {note}"]
+    assert not any("labels" in line for line in data.open_source("unnamed.parquet", label_column="none").found)
+    assert not any("labels" in line for line in data.open_source("unnamed.parquet", label_column="kind").found)
+    with pytest.raises(UserError, match=r"split train has no labels; .*kind \(string\) could be: --label_column x"):
+        data.open_labelled("unnamed.parquet")
+
     rows = table(20).cast_column("label", Value("int64")).add_column("name", ["ab"[i % 2] for i in range(20)])
     rows.to_parquet(place / "plain.parquet")
     assert data.open_source("plain.parquet").train.labels(torch.arange(4)).tolist() == [0, 1, 0, 1]

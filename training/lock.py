@@ -21,7 +21,7 @@ def take(folder: Path, flag: str = "--resume") -> None:
     """Hold FOLDER/.lock inside `releasing`; the system lets go of it with the process, however that ends.
 
     flag: what named the folder. Raises UserError where another process holds it, RunError where no file can be made.
-    On a disk that keeps no locks nothing is held.
+    On a disk that keeps no locks nothing is held, and one line says so.
     """
     path = folder / ".lock"
     with writing(path):
@@ -38,6 +38,7 @@ def take(folder: Path, flag: str = "--resume") -> None:
             raise UserError(
                 f"{flag} {folder}: {other} trains there; wait for its end, or stop it (if it is dead, delete {path})"
             ) from None
+        print(f"note: the disk of {folder} keeps no locks: a second run in it would not be refused")
     _held.append((path, file))
 
 

@@ -291,7 +291,7 @@ def test_refusals(run, place):
         ),
         (dict(**tiny, dataset="names"), "class 'dog' there is 'cow' here; want the classes of the split to train"),
         (dict(**tiny, dataset="new"), "class cow is only in the split to evaluate, which cannot be learnt"),
-        (dict(**tiny, dataset="unlabelled.parquet"), "has no labels; name their column: --label_column NAME"),
+        (dict(**tiny, dataset="unlabelled.parquet"), "has no labels; no column could be"),
         (dict(**tiny, dataset="digits", k=0), "--k 0: want 1 or more"),
         (dict(**tiny, dataset="digits", temperature=0.0), "--temperature 0.0: want a number above 0"),
         (dict(**tiny, dataset="digits", seed=-1), "--seed -1: want from 0"),

@@ -85,12 +85,13 @@ def test_it_is_given_back_when_a_run_fails(place):
         pass
 
 
-def test_a_disk_without_locks_keeps_none(place, monkeypatch):
+def test_a_disk_without_locks_keeps_none_and_it_is_said(place, monkeypatch, capsys):
     def refuses(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuses)
     pretrain(**SHORT, steps=2, out="run")
+    assert capsys.readouterr().out.count("note: the disk of run keeps no locks: a second run in it would not be") == 1
     pretrain(resume="run", steps=4)
     assert [line["step"] for line in run_folder.read_metrics(Path("run"))] == [2, 4]
 
