@@ -16,7 +16,7 @@ class Weights(Settings):
     backbone: str | None = flag(None, "the architecture, for a file without its config.json")
     image_size: int | None = flag(None, "default: the run's", range=at_least(8))
     weights: str = flag(
-        "online", "of a run: online, or momentum, the slow copy of moco, mocov3 and byol", choices=("online", "momentum")
+        "online", "of a run: online, or momentum, the slow copy of moco, mocov3, byol", choices=("online", "momentum")
     )
 
 

@@ -108,5 +108,5 @@ def test_all_of_many_processes_are_refused_by_one_line(place):
         done = subprocess.run([sys.executable, *words, "--steps", "4"], capture_output=True, text=True, timeout=300)
     assert done.stderr.count("bsim.py: --resume run: process 7 on node3 trains there") == 1
     assert "[rank" not in done.stderr  # no process ends with a traceback
-    ended = re.findall(r"exitcode +: (-?\d+)", done.stderr)  # torchrun's table; it stops (-15) who is later than the first
+    ended = re.findall(r"exitcode +: (-?\d+)", done.stderr)  # torchrun's table; -15: it was stopped after the other
     assert len(ended) == 2 and "2" in ended and set(ended) <= {"2", "-15"}
