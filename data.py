@@ -107,19 +107,23 @@ def open_source(
     with opening(dataset):
         opened = sources.opened(dataset, subset, streaming, skip_bad_images, remembered)
         names: dict = dict(image=image_column, label=label_column)
+        split, eval_split = splits.both(opened.splits, split, eval_split, dataset)
         train, whole = splits.taken(opened, split, dataset, **names)
-        held_out, wholes = None, {split: whole}
-        eval_split = eval_split or splits.to_evaluate(opened.splits, split)
+        parts, wholes = {split: train}, {split: whole}
         if eval_split:
-            held_out, wholes[eval_split] = splits.taken(opened, eval_split, dataset, **names, optional=True)
+            parts[eval_split], wholes[eval_split] = splits.taken(opened, eval_split, dataset, **names, optional=True)
         if streaming:
-            source, notes, said = _stream_source(train, held_out, skip_bad_images, seed, way, hold_out)
+            source, notes, said = _stream_source(parts, split, eval_split, skip_bad_images, seed, way, hold_out)
         else:
-            parts, notes = columns.numbered({split: train, eval_split: held_out})
+            parts, notes = columns.numbered(parts)
             source, said = _source(parts, wholes, split, eval_split, skip_bad_images, seed, way, hold_out)
     notes += columns.could_be_labels(opened.splits, image_column, label_column)
     if eval_split and source.queries is not None and source.queries[0] is source.train:
         notes.append(f"split {eval_split} has no labels: k-NN holds out a tenth of {split} in its place")
+    if source.queries is not None:
+        asked = int((source.queries[0].labels(source.queries[1]) >= 0).sum())
+        if asked < 10:
+            notes.append(f"accuracy is that of {files.counted(asked, 'held-out image')} with a label, so it is rough")
     return _told(source, opened, dataset, split, said, notes)
 
 
@@ -128,39 +132,31 @@ def _source(parts, wholes, split, eval_split, skip_bad_images, seed, way, hold_o
     labelled = "label" in parts[split].column_names
     usable = [split]
     for name, rows in parts.items():
-        if name != split and rows is not None and ("label" in rows.column_names if labelled else hold_out):
+        if name != split and ("label" in rows.column_names if labelled else hold_out):
             usable.append(name)
-    classes = [getattr(parts[k].features["label"], "names", None) for k in usable if labelled]
-    if len(classes) == 2 and classes[0] != classes[1]:  # numbers that mean other classes cannot be compared
-        raise UserError(
-            f"--eval_split {eval_split}: has other classes than {split} ({_listed(classes[1])}, not "
-            f"{_listed(classes[0])}); name another split, or leave the evaluation out with --label_column none"
-        )
+    if labelled and len(usable) == 2:
+        columns.refuse_other_classes(parts[split], parts[eval_split], split, eval_split)
     images, way, side, said = reading.of_rows({name: parts[name] for name in usable}, skip_bad_images, way, wholes)
     train, held_out = images[split], images.get(eval_split)
     rows = torch.randperm(len(train), generator=generator(seed, SPLIT))
-    labels = train.labels(rows) if labelled else torch.empty(0)
-    note = _unfit(labels)
-    picked = None
+    labels, kept = train.labels(rows) if labelled else torch.empty(0), min(QUERIES, len(rows) // 10)
+    picked, asked = None, labels[:kept]
     if held_out is not None:
         picked = torch.randperm(len(held_out), generator=generator(seed, SPLIT))[:QUERIES]
+        found = held_out.labels(picked) if labelled else torch.empty(0)
+        asked = found if (found >= 0).any() else asked  # a Hub test set may say -1
+    own = held_out is None or asked is not found
+    note = columns.unfit(labels, labels[kept:] if own else labels, asked)
     if note:
         kept = min(HELD_OUT, len(rows) // 10) if hold_out and held_out is None else 0
         others = (held_out, picked) if held_out is not None and hold_out else (train, rows[:kept]) if kept else None
         rows = rows[kept:]
         rest = dict(way=way, held_out=others, among=(train, rows[:BANK]))
         return Source(train, rows.sort().values, None, None, side, note, **rest), said
-    queries = None
-    if held_out is not None:
-        queries = (held_out, picked) if (held_out.labels(picked) >= 0).any() else None  # a Hub test set may say -1
-    if queries is None:
-        kept = min(QUERIES, len(rows) // 10)
+    queries = (held_out, picked)
+    if own:
         queries, rows = (train, rows[:kept]), rows[kept:]
     return Source(train, rows.sort().values, (train, rows[:BANK]), queries, side, None, way=way), said
-
-
-def _listed(names):
-    return ", ".join(names[:4]) + ", ..." * (len(names) > 4) if names else "numbers"
 
 
 def _told(source, opened, dataset, split, said, notes):
@@ -227,7 +223,7 @@ def open_labelled(
     with opening(dataset):
         found = sources.opened(dataset, subset, False, skip_bad_images, remembered)
         asked = eval_split
-        eval_split = eval_split or splits.to_evaluate(found.splits, split)
+        split, eval_split = splits.both(found.splits, split, eval_split, dataset)
         parts, wholes = {}, {}
         for wanted in (split, eval_split) if eval_split else (split,):
             optional = wanted != split and not asked
@@ -261,7 +257,7 @@ def open_labelled(
         two = [(*opened[0], rows[kept:].sort().values), (*opened[0], rows[:kept].sort().values)]
     else:
         two = [(*part, torch.arange(len(part[0]))) for part in opened]
-    _same_classes(dataset, *two)
+    columns.refuse_unlike(dataset, *two)
     classes = two[0][1][two[0][3]]
     classes = classes[classes >= 0].unique()
     lines = (*said, *(f"note: {note}" for note in (*found.notes, *notes)))
@@ -319,38 +315,10 @@ def open_images(
     return Unlabelled(images[split], rows, found.place, names, told.found)
 
 
-def _same_classes(dataset, train, test):
-    known, asked = (set(part[1][part[3]].tolist()) - {-1} for part in (train, test))
-    if len(known) < 2 or not asked:
-        raise UserError(
-            f"--dataset {dataset}: {len(known)} classes to train on, {len(asked)} to evaluate on; want 2 or more"
-        )
-    if train[2] != test[2]:
-        unlike = [pair for pair in zip(train[2] or [], test[2] or []) if pair[0] != pair[1]]
-        said = f"class {unlike[0][0]!r} there is {unlike[0][1]!r} here" if unlike else "other classes"
-        raise UserError(
-            f"--dataset {dataset}: the split to evaluate has {said}; want the classes of the split to train"
-        )
-    if asked - known:
-        first = sorted(asked - known)[0]
-        name = train[2][first] if train[2] else first
-        raise UserError(f"--dataset {dataset}: class {name} is only in the split to evaluate, which cannot be learnt")
-
-
-def _unfit(labels) -> str | None:
-    """Why these labels cannot be evaluated by k-NN, or None."""
-    known = labels[labels >= 0]
-    if len(labels) == 0 or len(known) == 0:
-        return "no labels"
-    if len(labels) < 20:
-        return f"{len(labels)} images are too few to hold some out"
-    classes = len(known.unique())
-    if classes < 2 or classes > len(known) / 2:
-        return f"{classes} classes among {len(known)} labels"
-    return None
-
-
-def _stream_source(train, held_out, skip_bad, seed, way, hold_out):
+def _stream_source(parts, split, eval_split, skip_bad, seed, way, hold_out):
+    train, held_out = parts[split], parts.get(eval_split)
+    if held_out is not None and all("label" in features_of(rows) for rows in parts.values()):
+        columns.refuse_other_classes(train, held_out, split, eval_split)
     way, side, said = reading.of_stream(train, skip_bad, way)
     labelled = "label" in features_of(train)
     if not labelled and not hold_out:
@@ -385,7 +353,8 @@ def _stream_source(train, held_out, skip_bad, seed, way, hold_out):
         held_out = queries if len(queries[1]) else None
         rest = dict(way=way, held_out=held_out, among=bank)
         return Source(train, None, None, None, side, "no labels", **rest), notes, said
-    note = _unfit(bank[0].labels(bank[1])) or (None if len(queries[1]) else "no image was held out")
+    known, asked = (of.labels(rows) for of, rows in (bank, queries))
+    note = columns.unfit(known, known, asked)
     if note:
         return Source(whole, None, None, None, side, note, way=way), notes, said
     return Source(train, None, bank, queries, side, None, way=way), notes, said

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 class UserError(ValueError):
     """A mistake of the user's, in one line: what was given, what is wanted, what to type instead."""
 
-    everywhere = True  # every process meets it, so one is enough to say it
+    everywhere = True  # every process of a machine meets it, so one is enough to say it
     code = 2
 
 
@@ -366,11 +366,11 @@ def help_text(settings: type, name: str) -> str:
 
 @contextmanager
 def speaking(name: str) -> Iterator[None]:
-    """A user's mistake is one line on stderr, by the first process where all meet it, and the error's exit code."""
+    """A user's mistake is one line on stderr and the error's exit code; where all meet it, one line a machine."""
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
+        if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")) or not error.everywhere:
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.code)
 

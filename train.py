@@ -2,14 +2,13 @@
 
 import logging
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from torch import nn
+from timm.layers import convert_sync_batchnorm
 
 import data
 from bsim import Mixture, make_view, sample_mixture
@@ -82,10 +81,7 @@ def start(asked: Pretraining, folder: Path | None) -> Accelerator:
         gradient_accumulation_steps=asked.accumulate,
         log_with=asked.log_with,
         project_dir=str(folder or asked.out or "runs") if asked.log_with else None,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # the others wait while one decodes; see Peers
-        ],
+        handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     logging.getLogger("datasets").setLevel(logging.ERROR)
     return accelerator
@@ -146,8 +142,10 @@ def resume(t: Training, folder: Path) -> None:
     t.places = [process["places"] for process in state["processes"]]
     if t.accelerator.scaler:
         t.accelerator.scaler.load_state_dict(state["scaler"])
-    if t.start >= t.s.steps and (folder / "backbone.safetensors").exists():
-        raise UserError(f"--resume {folder}: is finished at step {t.start}; to train longer raise --epochs or --steps")
+    if t.start > t.s.steps or t.start == t.s.steps and (folder / "backbone.safetensors").exists():
+        at = "finished at" if t.start == t.s.steps else "at"
+        longer = "--epochs or --steps" if t.s.images else "--steps"
+        raise UserError(f"--resume {folder}: is {at} step {t.start}; to train longer raise {longer}")
 
 
 def distribute(t: Training) -> None:
@@ -156,7 +154,7 @@ def distribute(t: Training) -> None:
     model.batch_norm = t.s.batch_norm
     if accelerator.num_processes > 1 and t.s.batch_norm == "sync":
         if accelerator.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = convert_sync_batchnorm(model)  # torch's own drops timm's activations
         else:
             accelerator.print("note: on CPUs batch norm's statistics are each process's own")
     model = model.to(accelerator.device, memory_format=torch.channels_last)
@@ -181,11 +179,11 @@ def before_training(t: Training) -> None:
 
 
 def open_folder(t: Training, folder: Path | None, peers: Peers) -> None:
+    t.new = folder is None
     if t.accelerator.is_main_process:
-        new = folder is None
         folder = folder or run_folder.create(t.s.out, t.s.method, t.s.dataset)
-        with guards.leaves_no_half(folder, new):
-            if new:
+        with guards.leaves_no_half(folder, t.new):
+            if t.new:
                 lock.take(folder, "--out")
             run_folder.cut_metrics(folder, t.start)
             left_out.add(folder, t.source.left_out)
@@ -244,7 +242,7 @@ def loop(t: Training, peers: Peers) -> bool:
     assert folder is not None
     bar = progress(s.steps, start=t.start, shown=t.accelerator.is_main_process)
     clock = Clock(t.start)
-    with bar, guards.asked_to_stop() as asked, guards.leaves_nothing(folder, t.start), peers:
+    with bar, guards.asked_to_stop() as asked, guards.leaves_nothing(folder, t.new), peers:
         stop_asked = agreement(asked)
         for step in range(t.start, s.steps):
             losses = train_step(t, step)

@@ -94,20 +94,18 @@ def backbone_of(s: Weights, say: Callable[[str], None]) -> Backbone:
 
 
 def images_of(s: Images, config: dict) -> dict[str, Any]:
-    """The dataset and what is said of it; where the dataset is left open, the settings of the run fill in.
+    """The dataset and what is said of it; where it is the run's, the settings of the run fill in what is left open.
 
     "own": whether the images are those of the run, and are read as it read them.
     """
     found: dict[str, Any] = {k: getattr(s, k, None) for k in ("dataset", *DATA)}
-    own = s.dataset is None or bool(config) and data.absolute(s.dataset) == data.absolute(config["dataset"])
-    if s.dataset is None:
-        if not config:
-            raise UserError("--dataset: name the images to evaluate on; a run's own are known, those of a file are not")
+    if s.dataset is None and not config:
+        raise UserError("--dataset: name the images to evaluate on; a run's own are known, those of a file are not")
+    own = s.dataset is None or bool(config) and data.absolute(s.dataset) == data.absolute(config.get("dataset", ""))
+    own = own or s.dataset is not None and data.is_moved(s.dataset, config)
+    if own:  # the run's own images, as the run read them
         found |= {k: config.get(k) for k in found if found[k] is None}
         found["skip_bad_images"] = s.skip_bad_images or config.get("skip_bad_images", False)
-    elif data.is_moved(s.dataset, config):  # the run's own images, as the run read them
-        found |= {k: config.get(k) for k in DATA if found[k] is None}
-        own = True
     return found | {"own": own, "split": found["split"] or "train"}
 
 

@@ -20,7 +20,7 @@ from scipy.stats import t as student
 
 from eval.results import read_results, table, weights_of
 from flags import Given, UserError, command
-from training.folder import config_of, write, write_json
+from training.folder import config_of, write, write_json, writing
 from training.pictures import colour_of, marks
 
 # Of a run's settings and a result's, those that say nothing of what was trained or measured.
@@ -208,7 +208,8 @@ def compare(s: Compare, given: Given) -> Path:
     differences = against_sim(values, rows)
     text = f"{_means(values, rows, shown)}\n\n{_differences(differences, rows, shown)}"
     listed = [{**dict(zip(rows, row)), **{m: spread(v.values()) for m, v in of.items()}} for row, of in values.items()]
-    place.mkdir(parents=True)
+    with writing(place):
+        place.mkdir(parents=True)
     write(place / "compare.md", lambda file: file.write_text(text + "\n"))
     write_json(place / "compare.json", {"runs": folders, "rows": listed, "against_sim": differences})
     draw(place / "compare.png", values, rows, shown)

@@ -20,6 +20,7 @@ import numpy as np
 import timm
 import torch
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from timm.layers import convert_sync_batchnorm
 from timm.models.resnet import ResNet
 from torch import nn
 
@@ -103,7 +104,7 @@ def detect(asked: Detection, given: Given) -> dict:
     normal = (loaded.mean, loaded.std) if s.init == "run" else IMAGENET
     model = detector(network, len(classes), masks, s.sides, s.max_size, *normal)
     if world > 1 and accelerator.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)
     bare = model.to(accelerator.device)
     optimizer = _optimizer(bare, s)
     made_by = {"protocol": "detect", "task": s.task, "backbone": loaded.name, "classes": len(classes)}
@@ -135,7 +136,7 @@ def detect(asked: Detection, given: Given) -> dict:
         f"{len(test.images)} to evaluate on, {len(classes)} classes, {s.steps} steps of {s.batch_size} on "
         f"{world} x {accelerator.device.type} -> {folder}"
     )
-    with peers:
+    with peers, guards.leaves_nothing(folder, not resumes):
         if not _train(accelerator, model, bare, optimizer, batches, s, workers, folder, first, window, made_by):
             return {}
         found = predict(accelerator, bare, test, classes, workers)
@@ -263,7 +264,7 @@ def _train(accelerator, model, bare, optimizer, batches, s, workers, folder, fir
     feed = made(batches, range(first, s.steps), workers)
     bar = progress(s.steps, start=first, shown=accelerator.is_main_process)
     clock, since = time.perf_counter(), first
-    with guards.asked_to_stop() as asked, guards.leaves_nothing(folder, first), bar:
+    with guards.asked_to_stop() as asked, bar:
         stop_asked = agreement(asked)
         for step, (images, targets) in zip(range(first, s.steps), feed):
             for group in optimizer.param_groups:

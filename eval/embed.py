@@ -12,18 +12,19 @@ if __name__ == "__main__":  # before what is slow to import
 import csv
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 
 import data
 from eval.command import backbone_of, images_of, start
-from eval.features import in_batches, refuse_not_finite
+from eval.features import in_batches, refuse_not_finite, unit
 from flags import Given, UserError, command, progress
 from loading.files import counted, named
 from training.folder import writing
@@ -35,7 +36,7 @@ class Rows(NamedTuple):
     """Some rows of the file."""
 
     names: list  # files, or numbers of rows
-    labels: list | None
+    labels: pa.Array | None
     features: np.ndarray  # [n, D] float32 or float16
     good: np.ndarray  # [n] bool; the features of others are NaN
 
@@ -47,6 +48,8 @@ def chunks(
     table = part.table.with_format("arrow")
     has_label, kind = "label" in table.column_names, np.float16 if s.half else np.float32
     normal = loaded.mean, loaded.std
+    paths = pc.struct_field(table.data.column("image"), "path")
+    has_file = pc.any(pc.greater(pc.binary_length(paths), 0)).as_py()  # of one type in every part
     for rows in share.split(ROWS):
         own = part.rows_of(rows)
         features = torch.full((len(rows), loaded.network.num_features), torch.nan)
@@ -56,13 +59,13 @@ def chunks(
         ):
             places, readable = known[at : at + len(values)], clipped >= 0
             refuse_not_finite(values.cpu()[readable])
-            values = F.normalize(values.double(), dim=1).float() if s.normalize else values
+            values = unit(values) if s.normalize else values
             features[places[readable]] = values.cpu()[readable]
             at += len(values)
         found = table[rows[0].item() : rows[-1].item() + 1]
         labels = _labels(found["label"].to_pylist(), part.names) if has_label else None
         yield Rows(
-            _names(found["image"], rows, part.place),
+            _names(found["image"], rows, part.place) if has_file else rows.tolist(),
             labels,
             features.numpy().astype(kind),
             features.isfinite().all(1).numpy(),
@@ -70,17 +73,16 @@ def chunks(
 
 
 def _names(images, rows, place):
-    """Files, below the dataset's folder if they lie in it; or numbers of rows."""
+    """Files, below the dataset's folder if they lie in it."""
     images = images.combine_chunks() if isinstance(images, pa.ChunkedArray) else images
     paths = [row and row["path"] for row in pa.StructArray.from_arrays([images.field("path")], ["path"]).to_pylist()]
-    if not any(paths):
-        return rows.tolist()
     below = f"{place}{os.sep}" if place and os.path.isdir(place) else "\0"
     return [named(path).removeprefix(below) if path else f"row {row}" for path, row in zip(paths, rows.tolist())]
 
 
 def _labels(numbers, names):
-    return [None if x is None or x < 0 else names[x] if names else x for x in numbers]
+    found = [None if x is None or x < 0 else names[x] if names else x for x in numbers]
+    return pa.array(found, pa.string() if names else pa.int64())  # also where all are null
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,8 +105,7 @@ def _as_table(rows):
     files = bool(rows.names) and isinstance(rows.names[0], str)
     columns = {"file" if files else "row": pa.array(rows.names, pa.string() if files else pa.int64())}
     if rows.labels is not None:
-        words = any(isinstance(x, str) for x in rows.labels)
-        columns["label"] = pa.array(rows.labels, pa.string() if words else pa.int64())
+        columns["label"] = rows.labels
     width = rows.features.shape[1]
     offsets = np.concatenate([[0], np.cumsum(np.where(rows.good, width, 0))]).astype(np.int32)
     values = pa.array(rows.features[rows.good].ravel())
@@ -127,7 +128,7 @@ def write_npy(path: Path, found: Iterator[Rows]) -> None:
         lines = csv.writer(names)
         for rows in found:
             file.write(rows.features.tobytes())
-            lines.writerows(zip(rows.names, rows.labels) if rows.labels is not None else zip(rows.names))
+            lines.writerows(zip(rows.names, rows.labels.to_pylist()) if rows.labels is not None else zip(rows.names))
 
 
 def join_npy(target: Path, shares: list[Path], head: list[str], shape: tuple[int, int], half: bool) -> None:
@@ -152,6 +153,16 @@ def _targets(out):
             another = target.with_name(f"{target.stem}-2{target.suffix}")
             raise UserError(f"--out {out}: {file} exists, and nothing is overwritten; name another: --out {another}")
     return files
+
+
+@contextmanager
+def _own_share() -> Iterator[None]:
+    """A UserError inside is of this process's own share, so this process says it."""
+    try:
+        yield
+    except UserError as error:
+        error.everywhere = False
+        raise
 
 
 @command(Embed)
@@ -186,7 +197,7 @@ def embed(s: Embed, given: Given) -> Path:
                 bar.update(len(rows.names))
 
     npy = target.suffix == ".npy"
-    with writing(target):
+    with _own_share(), writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             (write_npy if npy else write_parquet)(shares[rank], counting())

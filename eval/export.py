@@ -279,7 +279,8 @@ def export(s: Export, given: Given) -> Path:
         another = target.with_name(f"{target.stem}-2{ending}")
         raise UserError(f"--out {target}: exists, and nothing is overwritten; name another: --out {another}")
     content, how = make(loaded, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with run_folder.writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     run_folder.write(target, lambda aside: _put(aside, content))
     values = sum(v.numel() for v in loaded.network.parameters())
     print(table([[s.format, loaded.name, f"{values:,}", target]], ["for", "architecture", "parameters", "written"]))

@@ -10,6 +10,7 @@ from flags import RunError, progress
 from loading import batches
 from loading.files import counted
 
+BAD = -2  # the label of an image that cannot be read
 IMAGENET = ViewRecipe().mean, ViewRecipe().std
 
 
@@ -33,7 +34,7 @@ def in_batches(accelerator, network, images, rows, image_size, normal, workers):
 def features(accelerator, network, part, *, image_size, normal=IMAGENET, workers=0, delay=0.0, say=None):
     """Features and labels of (images, rows) on every process; each computes its share.
 
-    A label is -1 where there is none or the image is bad; in a dataset without labels it is 0 of every good image.
+    A label is -1 where there is none, and BAD where the image is bad; in a dataset without labels it is 0.
     normal: mean and standard deviation of the images that the network is used to. delay: seconds before the progress
     bar is shown. say: prints a line on values beyond the pixel range, if there are any. Raises RunError where a feature
     is not finite.
@@ -61,12 +62,17 @@ def features(accelerator, network, part, *, image_size, normal=IMAGENET, workers
     values_beyond, of = int(clipped.clamp(0).sum()), int((clipped > 0).sum())
     if say and of:
         say(f"clipped: {counted(values_beyond, 'value')} beyond the pixel range, in {counted(of, 'image')}")
-    return values, labels.masked_fill(clipped < 0, -1)
+    return values, labels.masked_fill(clipped < 0, BAD)
+
+
+def double(x) -> torch.Tensor:
+    """x in float64; on the CPU where its device, an Apple GPU, has no float64."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def unit(x) -> torch.Tensor:
     """The rows of x [N, D] at length 1; float64 on the way, where the square of no float32 overflows."""
-    return F.normalize(x.double(), dim=1).float()
+    return F.normalize(double(x), dim=1).float().to(x.device)
 
 
 def refuse_not_finite(values, what="features") -> None:

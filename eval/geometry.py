@@ -20,7 +20,7 @@ from scipy.stats import gaussian_kde
 
 from bsim import alignment, uniformity
 from eval.command import Task, protocol
-from eval.features import features, unit
+from eval.features import double, features, unit
 from eval.learning import of_views
 from eval.weights import has_weights_of, load_method
 from flags import UserError
@@ -46,9 +46,10 @@ class Cloud(NamedTuple):
 
 def _singular_values(x) -> torch.Tensor:
     """Of centred x [N, D], falling; 1, 0, ... where the rows differ by no more than rounding."""
-    centred = x.double() - x.double().mean(0)
+    x, eps = double(x), torch.finfo(x.dtype).eps
+    centred = x - x.mean(0)
     values = torch.linalg.svdvals(centred)
-    if centred.norm() <= 8 * torch.finfo(x.dtype).eps * x.double().norm():
+    if centred.norm() <= 8 * eps * x.norm():
         values = torch.zeros_like(values)
         values[0] = 1
     return values

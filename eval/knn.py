@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from eval.command import Task, protocol
-from eval.features import labelled_features, topk_accuracy, unit
+from eval.features import double, labelled_features, topk_accuracy, unit
 from loading.batches import SPLIT, generator
 
 DRAWS = 100  # of the labelled images, of which few_labels is the mean
@@ -80,7 +80,7 @@ def few_labels(bank, classes, queries, truth, shots: int, seed: int, draws: int 
         starts = counts.cumsum(0) - counts
         picked = by_class[starts[:, None] + torch.arange(shots, device=bank.device)]
         means = F.normalize(bank[picked].mean(1), dim=1)
-        found.append(((queries @ means.T).argmax(1) == truth).double().mean() * 100)
+        found.append(double((queries @ means.T).argmax(1) == truth).mean() * 100)
     accuracies = torch.stack(found)
     return float(accuracies.mean()), float(accuracies.std() / draws**0.5)
 

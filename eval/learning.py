@@ -5,7 +5,7 @@ from torch import nn
 
 from bsim import alignment, make_view, uniformity
 from data import Source
-from eval.features import features, refuse_not_finite, unit
+from eval.features import BAD, double, features, refuse_not_finite, unit
 from eval.knn import knn_predict, neighbours, with_few
 from flags import progress
 from loading.batches import VIEW, Batches, Feed, generator
@@ -22,14 +22,17 @@ def rankme(x) -> float:
     e to the entropy of the singular values, divided by their sum (RankMe: Garrido et al., 2023, arXiv 2210.02885,
     equation 1). 1 where all features are 0.
     """
-    values = torch.linalg.svdvals(x.double())
+    values = torch.linalg.svdvals(double(x))
     shares = values / values.sum().clamp(min=torch.finfo(torch.float64).tiny)
     return float(torch.special.entr(shares).sum().exp())
 
 
 @torch.no_grad()
 def of_views(accelerator, images, rows, recipes, network, *, workers: int, seed: int, shown: bool = True):
-    """Unit features of two views of the images at `rows`, on every process."""
+    """Unit features of two views of the images at `rows`, on every process.
+
+    Batches are whole, of 256 where there are as many images; up to 255 of them, drawn at random, are not seen.
+    """
     rank, world = accelerator.process_index, accelerator.num_processes
     size = min(256, len(rows))
     size -= size % world
@@ -66,10 +69,10 @@ def figures(accelerator, source: Source, network, recipes, *, image_size: int, w
     if source.queries is not None:
         values, truth = features(accelerator, network, source.queries, **options)
         found |= _with_labels(accelerator, source, network, values, truth, seed, options)
-        values = values[truth >= 0]
+        values = values[truth > BAD]
     elif source.held_out is not None:
         values, known = features(accelerator, network, source.held_out, **options)
-        values = values[known >= 0]
+        values = values[known > BAD]
     if module:
         found |= _without_labels(accelerator, source, network, values[:MEASURED], recipes, workers, seed)
         network.train()

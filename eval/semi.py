@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow.compute as pc
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from eval.command import Task, protocol
@@ -107,7 +108,7 @@ def semi(task: Task, s: Semi) -> dict:
     network, train, world = task.backbone.network, task.train, task.accelerator.num_processes
     kept = listed_part(train, s.files, task.say) if s.files else balanced_part(train.labels, s.percent, task.seed)
     batch_size = s.batch_size or max(2 * world, min(1024, len(kept) // 8) // world * world)
-    check_batch(batch_size, len(kept), world)
+    check_batch(batch_size, len(kept), world, each=2)
     epochs = s.epochs or (60 if len(kept) <= 0.011 * len(train.rows) else 30)
     task.chosen.update(epochs=epochs, batch_size=batch_size, images=len(kept))
     each = torch.bincount(train.labels[kept], minlength=len(train.names))
@@ -117,7 +118,7 @@ def semi(task: Task, s: Semi) -> dict:
     nn.init.zeros_(classifier.bias)
     model = nn.Sequential(network, classifier).train()
     if world > 1 and task.accelerator.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)  # torch's own drops timm's activations
     rate = s.lr * batch_size / 256
     descent = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=s.weight_decay)
     fit(task, model, train.rows[kept], descent, epochs=epochs, batch_size=batch_size)

@@ -14,9 +14,12 @@ from loading.files import counted
 from loading.images import after_crop
 
 
-def check_batch(batch_size: int, images: int, world: int) -> None:
-    if batch_size % world or not world <= batch_size <= images:
-        raise UserError(f"--batch_size {batch_size}: want a multiple of {world} processes, up to the {images} images")
+def check_batch(batch_size: int, images: int, world: int, each: int = 1) -> None:
+    """Raise UserError where a process would get fewer than `each` images: batch norm that learns wants two."""
+    if batch_size % world or not each * world <= batch_size <= images:
+        many = ", 2 images or more for each" * (each == 2)
+        said = f"want a multiple of {world} processes{many}, up to the {images} images"
+        raise UserError(f"--batch_size {batch_size}: {said}")
 
 
 def fit(task, model, rows, descent, *, epochs: int, batch_size: int) -> None:

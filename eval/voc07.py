@@ -223,7 +223,7 @@ def unit_features(accelerator, loaded, part: ImageSet, workers: int):
         name = record["path"] or f"in row {bad[0]}"
         more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UserError(f"--data: image {name} of {part.name} cannot be read ({reason}){more}")
-    return F.normalize(found.double(), dim=1).cpu().numpy()
+    return F.normalize(found.cpu().double(), dim=1).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

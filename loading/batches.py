@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flags import UserError, reading
+from loading import images
 from loading.files import named
 from loading.images import Met, bad_row, crops, mark, stacked
 
@@ -174,8 +175,12 @@ def places_of(saved: list | None, rank: int, world: int, readers: int):
     return [Place(1 + max(place[0] for places in saved for place in places))] * readers, False
 
 
-def _begin_worker(worker):
-    """Signals are for the loop to answer, and workers end with it; fsspec's lock may have been held at the fork."""
+def _begin_worker(pixels, worker):
+    """Signals are for the loop to answer, and workers end with it; fsspec's lock may have been held at the fork.
+
+    pixels: the limit of an image, as a worker that is not forked begins with the default.
+    """
+    images.limit(pixels)
     fsspec.asyn.reset_lock()
     for kind in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
         signal.signal(kind, signal.SIG_IGN)
@@ -197,7 +202,7 @@ def _kill():
 def iterate(dataset, **options):
     """An iterator over a DataLoader whose workers leave signals to the main process, and end with it."""
     before = set(multiprocessing.active_children())
-    made = iter(DataLoader(dataset, worker_init_fn=_begin_worker, **options))
+    made = iter(DataLoader(dataset, worker_init_fn=partial(_begin_worker, images.PIXELS), **options))
     WORKERS.update(set(multiprocessing.active_children()) - before)
     return made
 

@@ -146,3 +146,57 @@ def numbered(parts: dict[str, Dataset | None]) -> tuple[dict, list[str]]:
                 "evaluation uses them"
             )
     return made, notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classes that cannot be evaluated.
+
+
+def refuse_other_classes(train, held_out, split: str, eval_split: str) -> None:
+    """Raise UserError where the splits name their classes differently: numbers of other classes cannot be compared."""
+    known, asked = (getattr(features_of(rows)["label"], "names", None) for rows in (train, held_out))
+    if known != asked:
+        raise UserError(
+            f"--eval_split {eval_split}: has other classes than {split} ({_listed(asked)}, not {_listed(known)}); name "
+            "another split, or leave the evaluation out with --label_column none"
+        )
+
+
+def _listed(names):
+    return ", ".join(names[:4]) + ", ..." * (len(names) > 4) if names else "numbers"
+
+
+def refuse_unlike(dataset, train, test):
+    """Raise UserError where the classes of `test` cannot be learnt; each is (images, numbers, names, rows)."""
+    known, asked = (set(part[1][part[3]].tolist()) - {-1} for part in (train, test))
+    if len(known) < 2 or not asked:
+        raise UserError(
+            f"--dataset {dataset}: {len(known)} classes to train on, {len(asked)} to evaluate on; want 2 or more"
+        )
+    if train[2] != test[2]:
+        unlike = [pair for pair in zip(train[2] or [], test[2] or []) if pair[0] != pair[1]]
+        said = f"class {unlike[0][0]!r} there is {unlike[0][1]!r} here" if unlike else "other classes"
+        raise UserError(
+            f"--dataset {dataset}: the split to evaluate has {said}; want the classes of the split to train"
+        )
+    if asked - known:
+        first = sorted(asked - known)[0]
+        name = train[2][first] if train[2] else first
+        raise UserError(f"--dataset {dataset}: class {name} is only in the split to evaluate, which cannot be learnt")
+
+
+def unfit(labels, bank, asked) -> str | None:
+    """Why labels [N] cannot be evaluated by k-NN, or None. bank, asked: those of images that are learnt and asked."""
+    known = labels[labels >= 0]
+    if len(labels) == 0 or len(known) == 0:
+        return "no labels"
+    if len(labels) < 20:
+        return f"{len(labels)} images are too few to hold some out"
+    classes = len(known.unique())
+    if classes < 2 or classes > len(known) / 2:
+        return f"{classes} classes among {len(known)} labels"
+    if len(asked) == 0:
+        return "no image was held out"
+    if not (asked >= 0).any() or not (bank >= 0).any():
+        return f"none of the {'held-out' if (bank >= 0).any() else 'other'} images has one of the {len(known)} labels"
+    return None

@@ -105,13 +105,14 @@ def test_values_arrive_with_their_types(words, wanted, monkeypatch):
     assert all(type(seen[k]) is type(v) for k, v in wanted.items())
 
 
-def test_only_the_first_process_speaks(monkeypatch, capsys):
+def test_only_the_first_process_of_a_machine_speaks(monkeypatch, capsys):
     @flags.command(Example)
     def refuses(s, given):
         raise flags.UserError("no")
 
-    for rank, said in (("0", "x: no\n"), ("1", "")):
-        monkeypatch.setenv("RANK", rank)
+    for rank, local, said in (("0", "0", "x: no\n"), ("1", "1", ""), ("8", "0", "x: no\n"), ("9", "1", "")):
+        monkeypatch.setenv("RANK", rank)  # 8: the first of the second machine, which may lack the data
+        monkeypatch.setenv("LOCAL_RANK", local)
         monkeypatch.setattr(sys, "argv", ["x"])
         with pytest.raises(SystemExit) as caught:
             flags.launch(refuses, "x")

@@ -1,6 +1,7 @@
 """Whole runs on the digits: what they leave, what they refuse, and that how they are cut up changes nothing."""
 
 import json
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from methods.networks import backbone
 from tests.test_data import table
 from train import pretrain
 from training import folder as run_folder
+from training import guards
 from training.optimize import learning_rate
 
 ROOT = Path(__file__).parent.parent
@@ -420,3 +422,55 @@ def test_the_end_of_a_run_has_plain_pairs(place, flags, until):
     (run / "config.json").write_text(json.dumps(config))
     longer = pretrain(resume="run", steps=12)
     assert all(line["bsim"] is not None for line in run_folder.read_metrics(longer)[8:])
+
+
+def test_a_run_is_not_resumed_to_an_earlier_end(place):
+    pretrain(**{**SHORT, "steps": 4, "checkpoint_every": 2}, out="run")
+    Path("run/backbone.safetensors").unlink()  # as of a run that was killed
+    before = Path("run/config.json").read_bytes()
+    with pytest.raises(UserError, match="--resume run: is at step 4; to train longer raise --epochs or --steps"):
+        pretrain(resume="run", steps=2)
+    assert Path("run/config.json").read_bytes() == before and not Path("run/backbone.safetensors").exists()
+
+
+def test_a_stream_is_not_resumed_by_epochs(place):
+    table(60, size=(16, 16)).to_parquet("rows.parquet")
+    flags = dict(backbone="resnet_tiny", batch_size=8, workers=0, eval_every=0)
+    pretrain(dataset="rows.parquet", streaming=True, steps=2, out="run", **flags)
+    with pytest.raises(UserError, match="--epochs 5: the length of a stream is not known; say --steps"):
+        pretrain(resume="run", epochs=5)
+    with pytest.raises(UserError, match="is finished at step 2; to train longer raise --steps$"):
+        pretrain(resume="run")
+
+
+def test_a_copy_of_a_checkpoint_is_the_users(place):
+    pretrain(**{**SHORT, "steps": 4, "checkpoint_every": 1}, out="run")
+    kept = Path("run/checkpoints")
+    shutil.copytree(kept / "step_000004", kept / "step_000003_keep")
+    shutil.copytree(kept / "step_000004", kept / "step_1")
+    (kept / "step_000009.tar").write_text("mine")
+    pretrain(resume="run", steps=6)
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "step_000003_keep",
+        "step_000005",
+        "step_000006",
+        "step_000009.tar",
+        "step_1",
+    ]
+
+
+def test_a_folder_that_is_no_run_of_ours_is_named(place):
+    Path("other").mkdir()
+    Path("other/config.json").write_text('{"architectures": ["ViT"]}')
+    with pytest.raises(UserError, match="--resume other: its config.json has no method or no dataset, so it is no run"):
+        pretrain(resume="other")
+
+
+def test_bad_input_of_a_resumed_run_deletes_nothing(place):
+    with pytest.raises(UserError, match="bad"), guards.leaves_nothing(place / "old", new=False):
+        (place / "old").mkdir()
+        raise UserError("bad")
+    assert (place / "old").exists()
+    with pytest.raises(UserError, match="bad"), guards.leaves_nothing(place / "old", new=True):
+        raise UserError("bad")
+    assert not (place / "old").exists()

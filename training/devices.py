@@ -1,21 +1,25 @@
 """Accelerate, and the way of a batch to its device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from flags import UserError
 
 
-def open_accelerator(mixed_precision: str | None, **options) -> Accelerator:
+def open_accelerator(mixed_precision: str | None, handlers: Sequence = (), **options) -> Accelerator:
     """Accelerate's, on the accelerator that there is. Raises UserError for a precision that it does not have.
 
     A line says where bf16 is slower than fp32, as `accelerate config` may have been answered for a GPU.
     """
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one decodes; see Peers
+    options |= dict(mixed_precision=mixed_precision, kwargs_handlers=[*handlers, patient])
     try:
         # Without `cpu` it would not see torchrun's processes on a CPU.
-        found = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision, **options)
+        found = Accelerator(cpu=not torch.accelerator.is_available(), **options)
     except ValueError as error:
         raise UserError(f"--mixed_precision {mixed_precision}: {error}") from None
     if found.device.type == "cpu" and found.mixed_precision == "bf16" and not _cpu_has_bf16():

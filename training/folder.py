@@ -192,7 +192,9 @@ def cut_metrics(folder: Path, step: int) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:]))
+    """Those that we wrote, by step; a copy that a user keeps there under another name is none."""
+    found = [path for path in (folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name[5:]))
 
 
 def _contiguous(tensors):

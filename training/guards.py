@@ -60,14 +60,14 @@ def _leave_closed(terminals):
 
 
 @contextmanager
-def leaves_nothing(folder: Path, start: int):
+def leaves_nothing(folder: Path, new: bool):
     """A new run that bad input ends before its first checkpoint leaves no folder: it holds what we wrote alone."""
     try:
         yield
     except RunError:
         raise
     except UserError:
-        if start == 0 and run_folder.last_checkpoint(folder) is None:
+        if new and run_folder.last_checkpoint(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

@@ -123,6 +123,8 @@ def read(asked: Pretraining, given: Given) -> tuple[Pretraining, Path | None, Be
     if asked.out is not None and Path(asked.out).expanduser() != folder:
         raise UserError(f"--out {asked.out}: a run is resumed in its own folder; drop --out, or drop --resume")
     config, defaults = run_folder.config_of(folder), defaults_of(Pretraining)
+    if not {"method", "dataset", "steps"} <= config.keys():
+        raise UserError(f"--resume {folder}: its config.json has no method or no dataset, so it is no run of bsim.py")
     config["pixel_range"] = text(config.get("pixel_range"))
     said = flags.said(asked, given)
     dataset = said.pop("dataset", config["dataset"])  # data that moved is named anew, and compared when it is open
@@ -179,6 +181,8 @@ def resolve(
     each = source.images // batch_size if source.images else None
     epochs = asked.epochs if asked.steps else asked.epochs or 50
     steps = asked.steps or (epochs or 0) * (each or 0)
+    if not steps:
+        raise UserError(f"--epochs {epochs}: the length of a stream is not known; say --steps")
     if asked.dry_run and steps < DRY_RUN:
         raise UserError(f"--dry_run {asked.dry_run}: the run has {steps} steps; want {DRY_RUN} or more")
 

@@ -30,6 +30,7 @@ class Training:
     draw_mixture: Callable[..., Mixture]
     start: int = 0
     folder: Path | None = None  # of the run; None in a dry run
+    new: bool = False  # this process made the folder
     window: dict[str, list] = field(default_factory=dict)  # losses since the last log line
     baselines: dict[str, Any] = field(default_factory=dict)  # accuracies before training
     health: dict[str, Any] = field(default_factory=dict)  # what the collapse alarm remembers

@@ -18,7 +18,7 @@ from eval import embed as module
 from eval.embed import embed
 from eval.features import features
 from flags import RunError, UserError
-from tests.test_data import folder, spoiled, table
+from tests.test_data import encoded, folder, picture, spoiled, table
 from train import pretrain
 from training.weights import load_backbone
 
@@ -148,3 +148,17 @@ def test_two_processes_write_what_one_does(place, run, ending):
     else:
         assert Path("one.csv").read_text() == Path("two.csv").read_text()
         np.testing.assert_allclose(np.load("one.npy"), np.load("two.npy"), atol=1e-5)
+
+
+@pytest.mark.parametrize("out", ["features.parquet", "features.npy"])
+def test_parts_without_labels_or_names_are_of_the_same_kind(place, run, out, monkeypatch):
+    monkeypatch.setattr(module, "ROWS", 7)
+    rows = table(20)
+    kinds = datasets.Features(img=datasets.Image(), label=rows.features["label"])
+    files = [{"bytes": encoded(picture(i)), "path": f"{i}.png" if i < 9 else None} for i in range(20)]
+    some = {"img": files, "label": [i % 2 if i < 9 else None for i in range(20)]}
+    datasets.Dataset.from_dict(some, kinds).to_parquet("some.parquet")
+    found = embed(run=run, dataset="some.parquet", out=out)
+    read = pandas.read_parquet(found) if out.endswith("parquet") else pandas.read_csv("features.csv")
+    assert list(read["file"]) == [f"{i}.png" for i in range(9)] + [f"row {i}" for i in range(9, 20)]
+    assert list(read["label"][:9]) == ["cat", "dog"] * 4 + ["cat"] and read["label"][9:].isna().all()

@@ -3,15 +3,22 @@
 import json
 import math
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from datasets import Dataset, Features, Value
 from PIL import Image
 from torch.nn import functional as F
 
+import data
 import eval.knn
+from bsim import ViewRecipe
 from eval.knn import few_labels
-from eval.learning import rankme
+from eval.learning import figures, rankme
+from methods.networks import backbone
+from tests.test_data import picture
 from train import pretrain
 from training import pictures
 from training.folder import read_metrics
@@ -120,3 +127,17 @@ def test_neighbours_are_the_most_alike_and_wrong_classes_are_marked(place, monke
         assert not (others == image).flatten(1).all(1).any()
     assert F.mse_loss(near[:, 0].float(), queries.float()) < F.mse_loss(near.flip(0)[:, 0].float(), queries.float())
     assert run.exists()
+
+
+def test_images_without_a_label_count_where_none_is_needed(place):
+    """The label-free figures of a split are the same whether its column of labels says -1 or is not there."""
+    kinds = Features(img=datasets.Image(), label=Value("int64"))
+    rows = Dataset.from_dict({"img": [picture(i, 16, 16) for i in range(300)], "label": [-1] * 300}, kinds)
+    rows.to_parquet(place / "unknown.parquet")
+    rows.remove_columns("label").to_parquet(place / "none.parquet")
+    torch.manual_seed(0)
+    network, recipes, found = backbone("resnet_tiny", 16), (ViewRecipe(16),) * 2, []
+    for name in ("unknown", "none"):
+        source = data.open_source(f"{name}.parquet", hold_out=True)
+        found.append(figures(Accelerator(cpu=True), source, network, recipes, image_size=16, workers=0, seed=0))
+    assert found[0] == found[1] and found[0]["effective_rank"] > 1

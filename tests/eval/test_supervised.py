@@ -13,6 +13,7 @@ from torch import nn
 import data
 from eval import supervised
 from eval.features import labelled_features
+from flags import UserError
 from training.weights import Backbone
 
 
@@ -64,3 +65,12 @@ def test_with_bad_images_the_label_is_that_of_the_image_that_was_read(place, mon
         assert len(found) == len(labels) == len(train.rows) - count
         assert torch.equal(labels, (found[:, 0] > 0).long())
         assert said[-1].startswith(f"left out {count} image") and "of the training set" in said[-1]
+
+
+def test_batch_norm_that_learns_wants_two_images():
+    supervised.check_batch(1, 10, 1)
+    supervised.check_batch(4, 10, 2, each=2)
+    for size, world in ((1, 1), (2, 2), (3, 2), (12, 2)):
+        said = f"--batch_size {size}: want a multiple of {world} processes, 2 images or more for each, up to the 10"
+        with pytest.raises(UserError, match=said):
+            supervised.check_batch(size, 10, world, each=2)

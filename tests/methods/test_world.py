@@ -1,16 +1,19 @@
 """Two processes on halves of a batch are one process on the whole: losses, gradients, queues."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from bsim import Mixture, sample_mixture
 from methods import METHODS
+from methods.networks import backbone
 
 WORLD, N, D = 2, 12, 10
 CASES = [(name, mode) for name in METHODS for mode in ("sim", "bsim", "both")]
@@ -143,3 +146,21 @@ def test_moco_shuffles_its_keys_across_processes(two_processes):
     for rank, found in enumerate(two_processes):
         torch.testing.assert_close(found["keys"], half(F.normalize(wanted, dim=1), rank), rtol=0, atol=1e-5)
         assert (moco_keys("local", rank) - found["keys"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "mobilenetv3_small_100", "regnety_002", "resnet18"])
+def test_synchronised_batch_norm_keeps_the_activations_of_timm(name):
+    """timm's batch norms hold an activation, which torch's own conversion leaves out without a word."""
+    torch.manual_seed(0)
+    network, images = backbone(name, 64).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = network(images)
+        converted = convert_sync_batchnorm(network)
+        assert any(isinstance(layer, nn.SyncBatchNorm) for layer in converted.modules())
+        torch.testing.assert_close(converted(images), before)
+
+
+@pytest.mark.parametrize("file", ["train.py", "eval/semi.py", "eval/detect.py"])
+def test_every_conversion_is_that_of_timm(file):
+    text = (Path(__file__).parents[2] / file).read_text()
+    assert "from timm.layers import convert_sync_batchnorm" in text and "SyncBatchNorm.convert" not in text

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from eval.knn import knn
+from eval.results import read_results
 from flags import UserError
 from tests.test_data import encoded, folder, picture
 from train import pretrain
@@ -82,3 +83,14 @@ def test_the_run_folder_lists_what_is_left_out(place, size):
         "13.png: cannot be read",
         "6.png: cannot be read",
     ]
+
+
+def test_the_runs_own_data_is_read_as_the_run_read_it_whoever_names_it(place):
+    folder(place, 60)
+    pretrain(dataset="pets", split="train[:50]", out="run", **RUN)
+    accuracy = knn(run="run")
+    assert knn(run="run", dataset="pets") == knn(run="run", dataset=str(place / "pets")) == accuracy
+    settings = [line["settings"] for line in read_results(Path("run"))]
+    assert [s["split"] for s in settings] == ["train[:50]"] * 3
+    knn(run="run", dataset="pets", split="train")
+    assert read_results(Path("run"))[-1]["settings"]["split"] == "train"
