@@ -333,3 +333,19 @@ def test_the_place_of_a_bad_image_is_taken_among_the_rows_and_said(place):
         after = [x for x in rows.tolist() if x > wanted and x not in bad] + [x for x in rows.tolist() if x not in bad]
         assert read == (after[0] if wanted in bad else wanted)
     assert len(stream.bad) == 2 and len(a) == len(rows)
+
+
+class Limit:
+    """A dataset that says which limit a worker has."""
+
+    def __getitem__(self, row):
+        return images.PIXELS
+
+
+@pytest.mark.slow
+def test_the_limit_of_pixels_reaches_workers_that_are_not_forked(monkeypatch):
+    """As on macOS, and on Linux from Python 3.14 on."""
+    monkeypatch.setattr(images, "PIXELS", 1_000)
+    for way in ("fork", "spawn"):
+        options = dict(batch_size=None, num_workers=1, sampler=range(1), multiprocessing_context=way)
+        assert list(batches.iterate(Limit(), **options)) == [1_000]
