@@ -128,7 +128,7 @@ def open_source(
 
 
 def _source(parts, wholes, split, eval_split, skip_bad_images, seed, way, hold_out):
-    """(Source, lines on pixel values) of {split: rows}, of which the split to evaluate may be None."""
+    """(Source, lines on pixel values) of {split: rows}, in which the split to evaluate may be missing."""
     labelled = "label" in parts[split].column_names
     usable = [split]
     for name, rows in parts.items():
