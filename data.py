@@ -117,7 +117,7 @@ def open_source(
         else:
             parts, notes = columns.numbered(parts)
             source, said = _source(parts, wholes, split, eval_split, skip_bad_images, seed, way, hold_out)
-    notes += columns.could_be_labels(opened.splits, image_column, label_column)
+    notes += columns.could_be_labels(opened.splits[split.partition("[")[0]], image_column, label_column)
     if eval_split and source.queries is not None and source.queries[0] is source.train:
         notes.append(f"split {eval_split} has no labels: k-NN holds out a tenth of {split} in its place")
     if source.queries is not None:
@@ -233,7 +233,7 @@ def open_labelled(
             if "label" in rows.column_names:
                 parts[wanted] = rows
             elif not optional:
-                unused = columns.could_be_labels(found.splits, image_column, label_column)
+                unused = columns.could_be_labels(found.splits[wanted.partition("[")[0]], image_column, label_column)
                 why = "; ".join([*found.notes, *unused]) or "no column could be"
                 raise UserError(f"--dataset {dataset}: split {wanted} has no labels; {why}")
         parts, notes = columns.numbered(parts)

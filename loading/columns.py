@@ -71,9 +71,9 @@ def _image_column(features, spec, image, has):
     return image
 
 
-def could_be_labels(splits: dict, image: str | None, label: str | None) -> list[str]:
-    """A note where no column is taken for the labels, and some could be; else none."""
-    features = features_of(next(iter(splits.values())))
+def could_be_labels(rows, image: str | None, label: str | None) -> list[str]:
+    """A note where no column of `rows` is taken for the labels, and some could be; else none."""
+    features = features_of(rows)
     holds = [name for name in _hold_classes(features)[0] if name != image]
     if label is not None or not holds or _label_column(features, "", None, image) != "none":
         return []
