@@ -117,7 +117,7 @@ def open_source(
         else:
             parts, notes = columns.numbered(parts)
             source, said = _source(parts, wholes, split, eval_split, skip_bad_images, seed, way, hold_out)
-    notes += columns.could_be_labels(opened.splits[split.partition("[")[0]], image_column, label_column)
+    notes += columns.could_be_labels(opened.splits[splits.base(split)], image_column, label_column)
     if eval_split and source.queries is not None and source.queries[0] is source.train:
         notes.append(f"split {eval_split} has no labels: k-NN holds out a tenth of {split} in its place")
     if source.queries is not None:
@@ -134,34 +134,31 @@ def _source(parts, wholes, split, eval_split, skip_bad_images, seed, way, hold_o
     for name, rows in parts.items():
         if name != split and ("label" in rows.column_names if labelled else hold_out):
             usable.append(name)
-    if labelled and len(usable) == 2:
-        columns.refuse_other_classes(parts[split], parts[eval_split], split, eval_split)
+    columns.refuse_other_classes(parts, split, eval_split)
     images, way, side, said = reading.of_rows({name: parts[name] for name in usable}, skip_bad_images, way, wholes)
     train, held_out = images[split], images.get(eval_split)
     rows = torch.randperm(len(train), generator=generator(seed, SPLIT))
-    labels, kept = train.labels(rows) if labelled else torch.empty(0), min(QUERIES, len(rows) // 10)
-    picked, asked = None, labels[:kept]
+    labels = train.labels(rows) if labelled else torch.empty(0)
+    kept = min(QUERIES, len(rows) // 10)
+    picked, asked = None, labels[:0]
     if held_out is not None:
         picked = torch.randperm(len(held_out), generator=generator(seed, SPLIT))[:QUERIES]
-        found = held_out.labels(picked) if labelled else torch.empty(0)
-        asked = found if (found >= 0).any() else asked  # a Hub test set may say -1
-    own = held_out is None or asked is not found
-    note = columns.unfit(labels, labels[kept:] if own else labels, asked)
+        asked = held_out.labels(picked) if labelled else asked
+    own = not (asked >= 0).any()  # a tenth of the training split is asked: a Hub test set may say -1
+    note = columns.unfit(labels, labels[kept:], labels[:kept]) if own else columns.unfit(labels, labels, asked)
     if note:
         kept = min(HELD_OUT, len(rows) // 10) if hold_out and held_out is None else 0
         others = (held_out, picked) if held_out is not None and hold_out else (train, rows[:kept]) if kept else None
         rows = rows[kept:]
         rest = dict(way=way, held_out=others, among=(train, rows[:BANK]))
         return Source(train, rows.sort().values, None, None, side, note, **rest), said
-    queries = (held_out, picked)
-    if own:
-        queries, rows = (train, rows[:kept]), rows[kept:]
+    queries, rows = ((train, rows[:kept]), rows[kept:]) if own else ((held_out, picked), rows)
     return Source(train, rows.sort().values, (train, rows[:BANK]), queries, side, None, way=way), said
 
 
 def _told(source, opened, dataset, split, said, notes):
     """`source` with what was found and left out of `split`."""
-    base = split.partition("[")[0]
+    base = splits.base(split)
     left_out = [*opened.left_out.get("", []), *opened.left_out.get(base, [])]
     left_out += [(name, "cannot be read") for name in sorted(source.bad)]
     lines, streams = [], source.rows is None
@@ -233,7 +230,7 @@ def open_labelled(
             if "label" in rows.column_names:
                 parts[wanted] = rows
             elif not optional:
-                unused = columns.could_be_labels(found.splits[wanted.partition("[")[0]], image_column, label_column)
+                unused = columns.could_be_labels(found.splits[splits.base(wanted)], image_column, label_column)
                 why = "; ".join([*found.notes, *unused]) or "no column could be"
                 raise UserError(f"--dataset {dataset}: split {wanted} has no labels; {why}")
         parts, notes = columns.numbered(parts)
@@ -317,8 +314,7 @@ def open_images(
 
 def _stream_source(parts, split, eval_split, skip_bad, seed, way, hold_out):
     train, held_out = parts[split], parts.get(eval_split)
-    if held_out is not None and all("label" in features_of(rows) for rows in parts.values()):
-        columns.refuse_other_classes(train, held_out, split, eval_split)
+    columns.refuse_other_classes(parts, split, eval_split)
     way, side, said = reading.of_stream(train, skip_bad, way)
     labelled = "label" in features_of(train)
     if not labelled and not hold_out:

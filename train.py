@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from timm.layers import convert_sync_batchnorm
 
 import data
 from bsim import Mixture, make_view, sample_mixture
@@ -21,7 +20,7 @@ from methods import METHODS
 from methods.networks import Losses, average_statistics
 from training import dry_run, guards, left_out, lock, pictures, trackers
 from training import folder as run_folder
-from training.devices import mover, open_accelerator
+from training.devices import mover, open_accelerator, synchronised
 from training.optimize import learning_rate, optimizer_of
 from training.peers import Peers, agreement
 from training.report import COLLAPSE, Clock, accuracies, measured, spread, summary, without_labels
@@ -152,10 +151,9 @@ def distribute(t: Training) -> None:
     """Batch norm over many processes, the device, compilation, and Accelerate's wrapping."""
     model, accelerator = t.method, t.accelerator
     model.batch_norm = t.s.batch_norm
-    if accelerator.num_processes > 1 and t.s.batch_norm == "sync":
-        if accelerator.device.type == "cuda":
-            model = convert_sync_batchnorm(model)  # torch's own drops timm's activations
-        else:
+    if t.s.batch_norm == "sync":
+        model = synchronised(model, accelerator)
+        if accelerator.num_processes > 1 and accelerator.device.type != "cuda":
             accelerator.print("note: on CPUs batch norm's statistics are each process's own")
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     if t.s.compile:

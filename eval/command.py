@@ -99,10 +99,12 @@ def images_of(s: Images, config: dict) -> dict[str, Any]:
     "own": whether the images are those of the run, and are read as it read them.
     """
     found: dict[str, Any] = {k: getattr(s, k, None) for k in ("dataset", *DATA)}
-    if s.dataset is None and not config:
+    own = s.dataset is None
+    if s.dataset is not None:
+        same = bool(config) and data.absolute(s.dataset) == data.absolute(config.get("dataset", ""))
+        own = same or data.is_moved(s.dataset, config)
+    elif not config:
         raise UserError("--dataset: name the images to evaluate on; a run's own are known, those of a file are not")
-    own = s.dataset is None or bool(config) and data.absolute(s.dataset) == data.absolute(config.get("dataset", ""))
-    own = own or s.dataset is not None and data.is_moved(s.dataset, config)
     if own:  # the run's own images, as the run read them
         found |= {k: config.get(k) for k in found if found[k] is None}
         found["skip_bad_images"] = s.skip_bad_images or config.get("skip_bad_images", False)

@@ -20,7 +20,6 @@ import numpy as np
 import timm
 import torch
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
-from timm.layers import convert_sync_batchnorm
 from timm.models.resnet import ResNet
 from torch import nn
 
@@ -37,6 +36,7 @@ from methods.networks import average_statistics
 from methods.networks import backbone as build_backbone
 from training import folder as run_folder
 from training import guards, lock
+from training.devices import synchronised
 from training.peers import Peers, agreement
 from training.weights import Backbone
 
@@ -103,9 +103,7 @@ def detect(asked: Detection, given: Given) -> dict:
 
     normal = (loaded.mean, loaded.std) if s.init == "run" else IMAGENET
     model = detector(network, len(classes), masks, s.sides, s.max_size, *normal)
-    if world > 1 and accelerator.device.type == "cuda":
-        model = convert_sync_batchnorm(model)
-    bare = model.to(accelerator.device)
+    bare = synchronised(model, accelerator).to(accelerator.device)
     optimizer = _optimizer(bare, s)
     made_by = {"protocol": "detect", "task": s.task, "backbone": loaded.name, "classes": len(classes)}
     made_by["format"] = run_folder.FORMAT

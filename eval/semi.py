@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow.compute as pc
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from eval.command import Task, protocol
@@ -23,6 +22,7 @@ from flags import UserError, reading
 from loading import files
 from loading.batches import SPLIT, generator
 from methods.networks import average_statistics
+from training.devices import synchronised
 
 
 def balanced_part(labels, percent: float, seed: int) -> torch.Tensor:
@@ -116,9 +116,7 @@ def semi(task: Task, s: Semi) -> dict:
     classifier = nn.Linear(network.num_features, len(train.names))
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
-    model = nn.Sequential(network, classifier).train()
-    if world > 1 and task.accelerator.device.type == "cuda":
-        model = convert_sync_batchnorm(model)  # torch's own drops timm's activations
+    model = synchronised(nn.Sequential(network, classifier).train(), task.accelerator)
     rate = s.lr * batch_size / 256
     descent = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=s.weight_decay)
     fit(task, model, train.rows[kept], descent, epochs=epochs, batch_size=batch_size)

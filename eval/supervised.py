@@ -17,7 +17,7 @@ from loading.images import after_crop
 def check_batch(batch_size: int, images: int, world: int, each: int = 1) -> None:
     """Raise UserError where a process would get fewer than `each` images: batch norm that learns wants two."""
     if batch_size % world or not each * world <= batch_size <= images:
-        many = ", 2 images or more for each" * (each == 2)
+        many = f", {each} images or more for each" * (each > 1)
         said = f"want a multiple of {world} processes{many}, up to the {images} images"
         raise UserError(f"--batch_size {batch_size}: {said}")
 

@@ -73,9 +73,11 @@ def _image_column(features, spec, image, has):
 
 def could_be_labels(rows, image: str | None, label: str | None) -> list[str]:
     """A note where no column of `rows` is taken for the labels, and some could be; else none."""
+    if label is not None:
+        return []
     features = features_of(rows)
     holds = [name for name in _hold_classes(features)[0] if name != image]
-    if label is not None or not holds or _label_column(features, "", None, image) != "none":
+    if not holds or _label_column(features, "", None, image) != "none":
         return []
     listed = ", ".join(f"{name} ({_kind(features, name)})" for name in holds[:4]) + ", ..." * (len(holds) > 4)
     return [f"no labels are used; {listed} could be: --label_column {holds[0]}"]
@@ -152,9 +154,12 @@ def numbered(parts: dict[str, Dataset | None]) -> tuple[dict, list[str]]:
 # Classes that cannot be evaluated.
 
 
-def refuse_other_classes(train, held_out, split: str, eval_split: str) -> None:
-    """Raise UserError where the splits name their classes differently: numbers of other classes cannot be compared."""
-    known, asked = (getattr(features_of(rows)["label"], "names", None) for rows in (train, held_out))
+def refuse_other_classes(parts: dict, split: str, eval_split: str | None) -> None:
+    """Raise UserError where two splits with labels name their classes differently: their numbers cannot be compared."""
+    found = {name: features_of(rows) for name, rows in parts.items()}
+    if eval_split not in found or not all("label" in features for features in found.values()):
+        return
+    known, asked = (getattr(found[name]["label"], "names", None) for name in (split, eval_split))
     if known != asked:
         raise UserError(
             f"--eval_split {eval_split}: has other classes than {split} ({_listed(asked)}, not {_listed(known)}); name "
@@ -197,6 +202,7 @@ def unfit(labels, bank, asked) -> str | None:
         return f"{classes} classes among {len(known)} labels"
     if len(asked) == 0:
         return "no image was held out"
-    if not (asked >= 0).any() or not (bank >= 0).any():
-        return f"none of the {'held-out' if (bank >= 0).any() else 'other'} images has one of the {len(known)} labels"
+    for images, own in (("other", bank), ("held-out", asked)):
+        if not (own >= 0).any():
+            return f"none of the {images} images has one of the {len(known)} labels"
     return None

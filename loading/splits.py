@@ -9,6 +9,11 @@ from loading import columns
 from loading.folders import SPLIT_OF
 
 
+def base(split: str) -> str:
+    """The name of a split without its part: train of train[:5000]."""
+    return split.partition("[")[0]
+
+
 def both(splits: dict, split: str, eval_split: str | None, spec: str) -> tuple[str, str | None]:
     """The names of the split to train on and of that to evaluate on, as the dataset has them: validation for val.
 
@@ -16,11 +21,10 @@ def both(splits: dict, split: str, eval_split: str | None, spec: str) -> tuple[s
     and where the two have rows in common.
     """
     own, rows = _found(splits, split, spec)
-    base = own.partition("[")[0]
     if eval_split is None:
-        return own, next((s for s in ("validation", "valid", "val", "test") if s in splits and s != base), None)
+        return own, next((s for s in ("validation", "valid", "val", "test") if s in splits and s != base(own)), None)
     name, others = _found(splits, eval_split, spec)
-    if name.partition("[")[0] == base and max(rows.start, others.start) < min(rows.stop, others.stop):
+    if base(name) == base(own) and max(rows.start, others.start) < min(rows.stop, others.stop):
         raise UserError(
             f"--eval_split {eval_split}: has images of --split {split}; want others, as --split 'train[:5000]' "
             "--eval_split 'train[5000:]', or leave it out"
@@ -48,7 +52,7 @@ def taken(opened, wanted, spec, **names):
     wanted: a name, or a name and a range of rows, as in train[:5000].
     """
     wanted, rows = _found(opened.splits, wanted, spec)
-    of = opened.splits[wanted.partition("[")[0]]
+    of = opened.splits[base(wanted)]
     if isinstance(of, Dataset) and not rows:
         why = f"it has {len(of):,} in all" if len(of) else "; ".join(opened.notes)
         raise UserError(f"split {wanted!r} of {spec} has no rows{f' ({why})' if why else ''}")

@@ -6,6 +6,8 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from timm.layers import convert_sync_batchnorm
+from torch import nn
 
 from flags import UserError
 
@@ -25,6 +27,15 @@ def open_accelerator(mixed_precision: str | None, handlers: Sequence = (), **opt
     if found.device.type == "cpu" and found.mixed_precision == "bf16" and not _cpu_has_bf16():
         found.print("bf16 is slow on this CPU, which has no instructions for it; --mixed_precision no is faster")
     return found
+
+
+def synchronised(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """`model` with batch norm over all GPUs; as it is on one, and on CPUs, where SyncBatchNorm does not run.
+
+    timm's conversion, as torch's own drops the activations that timm's norms hold.
+    """
+    several = accelerator.num_processes > 1 and accelerator.device.type == "cuda"
+    return convert_sync_batchnorm(model) if several else model
 
 
 def _cpu_has_bf16() -> bool:

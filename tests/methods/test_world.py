@@ -2,18 +2,19 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from bsim import Mixture, sample_mixture
 from methods import METHODS
 from methods.networks import backbone
+from training.devices import synchronised
 
 WORLD, N, D = 2, 12, 10
 CASES = [(name, mode) for name in METHODS for mode in ("sim", "bsim", "both")]
@@ -155,7 +156,7 @@ def test_synchronised_batch_norm_keeps_the_activations_of_timm(name):
     network, images = backbone(name, 64).eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         before = network(images)
-        converted = convert_sync_batchnorm(network)
+        converted = synchronised(network, SimpleNamespace(num_processes=2, device=torch.device("cuda")))
         assert any(isinstance(layer, nn.SyncBatchNorm) for layer in converted.modules())
         torch.testing.assert_close(converted(images), before)
 
@@ -163,4 +164,4 @@ def test_synchronised_batch_norm_keeps_the_activations_of_timm(name):
 @pytest.mark.parametrize("file", ["train.py", "eval/semi.py", "eval/detect.py"])
 def test_every_conversion_is_that_of_timm(file):
     text = (Path(__file__).parents[2] / file).read_text()
-    assert "from timm.layers import convert_sync_batchnorm" in text and "SyncBatchNorm.convert" not in text
+    assert "synchronised(" in text and "SyncBatchNorm.convert" not in text
