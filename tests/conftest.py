@@ -19,6 +19,16 @@ def datasets_cache(tmp_path_factory):
     )
 
 
+@pytest.fixture(autouse=True)
+def blank_pictures(request, monkeypatch):
+    """Pictures of one pixel, as drawing takes longer than a short run; a test marked `pictures` draws."""
+    from PIL import Image
+
+    if not request.node.get_closest_marker("pictures"):
+        blank = Image.new("RGB", (1, 1))
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **_: blank.save(file, "PNG"))
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """An empty current folder."""

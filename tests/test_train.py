@@ -38,6 +38,7 @@ def lines(folder):
     return run_folder.read_metrics(Path(folder))
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_what_it_promises(place, method, capsys):
     folder = pretrain(method=method, sim_weight=0.5, **SHORT)

@@ -282,6 +282,7 @@ def test_cells_without_a_plain_run_beside_them_are_reported(monkeypatch):
     assert "| 41.0 " in text and "one seed" not in text and "Spearman" not in text
 
 
+@pytest.mark.pictures
 def test_the_curve_compares_at_equal_cost(monkeypatch, place):
     ratios = {("simclr", 1.0): 1.0, ("simclr", 0.5): 1.5, ("simclr_third", 0.5): 1.6, ("simclr", 0.0): 1.02}
     monkeypatch.setattr(findings, "STEPS", {key: {"ratio": ratio} for key, ratio in ratios.items()})

@@ -53,6 +53,7 @@ def pair(tmp_path_factory):
     return [str(pretrain(**options, sim_weight=w, out=str(place / f"w{w:g}"))) for w in (1.0, 0.0)]
 
 
+@pytest.mark.pictures
 def test_a_run_is_measured_and_drawn_beside_another(pair, place):
     metrics = geometry(run=pair[0], beside=f"{pair[1]}, resnet_tiny", images=150, out="side.png")
     again = geometry(run=pair[0], images=150)
@@ -78,6 +79,7 @@ def test_a_run_is_measured_and_drawn_beside_another(pair, place):
         geometry(run=pair[0], out="side.png")
 
 
+@pytest.mark.pictures
 def test_it_never_draws_over_a_picture(pair):
     folder = Path(pair[1])
     geometry(run=pair[1], images=120)
