@@ -28,6 +28,9 @@ def take(folder: Path, flag: str = "--resume") -> None:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_at(path, file):  # deleted by a run that ended meanwhile: no other process would meet this lock
+            os.close(file)
+            return take(folder, flag)
         with writing(path):
             os.ftruncate(file, 0)
             os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -40,6 +43,12 @@ def take(folder: Path, flag: str = "--resume") -> None:
             ) from None
         print(f"note: the disk of {folder} keeps no locks: a second run in it would not be refused")
     _held.append((path, file))
+
+
+def _is_at(path: Path, file: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    return False
 
 
 def take_for_all(folder: Path) -> None:
@@ -63,6 +72,7 @@ def releasing() -> Iterator[None]:
     finally:
         while _held:
             path, file = _held.pop()
-            with suppress(OSError):  # the folder may be gone
-                path.unlink()
+            if _is_at(path, file):  # the folder may be gone, or the file another run's
+                with suppress(OSError):
+                    path.unlink()
             os.close(file)

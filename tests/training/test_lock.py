@@ -74,6 +74,34 @@ def test_of_two_that_begin_at_once_in_one_folder_one_is_refused(place, monkeypat
         assert [path.name for path in Path("run").iterdir()] == [".lock"]
 
 
+def test_a_run_that_ends_meanwhile_does_not_take_the_lock_away(place, monkeypatch):
+    """It deletes its file between our opening of it and our lock."""
+    Path("run").mkdir()
+    real, ended = fcntl.lockf, []
+
+    def lockf(file, flags):
+        if not ended:
+            ended.append(Path("run/.lock").unlink())
+        return real(file, flags)
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with lock.releasing():
+        lock.take(Path("run"))
+        words = [sys.executable, "-c", HOLDER, "run/.lock", "another"]
+        found = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert found.returncode == 1 and "BlockingIOError" in found.stderr
+    assert ended and not Path("run/.lock").exists()
+
+
+def test_the_lock_of_another_run_is_not_deleted(place):
+    Path("run").mkdir()
+    with lock.releasing():
+        lock.take(Path("run"))
+        Path("run/.lock").unlink()  # by the user, who takes the first run for dead
+        Path("run/.lock").write_text("process 7 on node3")
+    assert Path("run/.lock").read_text() == "process 7 on node3"
+
+
 def test_it_is_given_back_when_a_run_fails(place):
     Path("run").mkdir()
     with pytest.raises(ZeroDivisionError), lock.releasing():
