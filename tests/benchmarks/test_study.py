@@ -183,6 +183,7 @@ def test_a_method_without_temperature_is_compared_with_its_usual_mixture():
     assert row.split("|")[-3].strip() == f"+2.3 ({low:+.1f} to {high:+.1f})"
 
 
+@pytest.mark.pictures
 def test_the_study_leaves_its_results_findings_and_tables(cells, capsys):
     study.conclude(cells, type("Options", (), {"best": "moco"}), "abc1234")
     lines = [json.loads(line) for line in (cells / "results.jsonl").read_text().splitlines()]
