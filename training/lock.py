@@ -72,7 +72,7 @@ def releasing() -> Iterator[None]:
     finally:
         while _held:
             path, file = _held.pop()
-            if _is_at(path, file):  # the folder may be gone, or the file another run's
-                with suppress(OSError):
+            with suppress(OSError):  # the folder may be gone, or its disk
+                if _is_at(path, file):  # and not another run's
                     path.unlink()
             os.close(file)

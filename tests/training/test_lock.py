@@ -102,6 +102,18 @@ def test_the_lock_of_another_run_is_not_deleted(place):
     assert Path("run/.lock").read_text() == "process 7 on node3"
 
 
+def test_a_disk_that_goes_away_does_not_fail_a_run_that_ends(place, monkeypatch):
+    Path("run").mkdir()
+    with lock.releasing():
+        lock.take(Path("run"))
+
+        def gone(*stats):
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        monkeypatch.setattr(lock.os.path, "samestat", gone)
+    assert not lock._held
+
+
 def test_it_is_given_back_when_a_run_fails(place):
     Path("run").mkdir()
     with pytest.raises(ZeroDivisionError), lock.releasing():
