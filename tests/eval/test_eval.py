@@ -22,7 +22,7 @@ from bsim import ViewRecipe, make_view
 from eval.features import refuse_not_finite, topk_accuracy
 from eval.geometry import geometry
 from eval.knn import knn, knn_log_votes, knn_predict, knn_votes
-from eval.linear import choose_strength, fingerprint, fit_logistic, linear
+from eval.linear import choose_strength, fingerprint, linear
 from eval.results import read_results, write_result
 from eval.semi import balanced_part, listed_part, semi
 from eval.settings import KNN
@@ -175,27 +175,6 @@ def test_features_agree_with_scikit_learn(run):
     model = LogisticRegression(C=settings["C"], max_iter=3000).fit((found[0] - centre) / scale, train.labels.numpy())
     wanted = 100 * (model.predict((found[1] - centre) / scale) == test.labels.numpy()).mean()
     assert metrics["top1"] == pytest.approx(wanted, abs=0.2) and metrics["top1"] > 90
-
-
-def test_the_strength_is_chosen_on_held_out_rows():
-    """Noise in many directions wants a strong one, clean classes do not: the choice follows, and repeats."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(200) % 2
-    noisy = rng.normal(size=(200, 150)).astype(np.float32)
-    noisy[:, 0] += labels
-    clean = (rng.normal(size=(200, 2)) * 0.1 + labels[:, None] * 0.05).astype(np.float32)
-    strong, accuracy = choose_strength(noisy, labels, 0)
-    weak, _ = choose_strength(clean, labels, 0)
-    assert strong < weak and choose_strength(noisy, labels, 0) == (strong, accuracy)
-    assert accuracy[strong] == max(accuracy.values())
-
-
-def test_classes_without_a_training_image_and_two_classes(place):
-    features = np.array([[0.0], [1.0], [0.1], [0.9]], dtype=np.float32)
-    model = fit_logistic(features, np.array([0, 1, 0, 1]), 1.0)
-    from eval.linear import _decision
-
-    assert _decision(model, features).argmax(1).tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("preset", ["moco", "simsiam"])
