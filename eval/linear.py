@@ -53,15 +53,15 @@ def refuse_few(labels, said: str = "--protocol features") -> None:
         )
 
 
-def held_out_parts(labels, seed: int) -> list:
-    """Masks [N], bool, a fifth of each class each: as many as hold 1,000 rows together, at most five."""
+def held_out_parts(labels, seed: int) -> list[np.ndarray]:
+    """Masks [N], bool, each of a fifth of every class: as many as hold 1,000 rows together, at most five."""
     order = torch.randperm(len(labels), generator=generator(seed, SPLIT)).numpy()
-    parts = np.zeros((min(5, math.ceil(ENOUGH / len(labels))), len(labels)), bool)
+    fold = np.full(len(labels), -1)  # a class of one row is never held out
     for number in np.unique(labels):
         rows = order[labels[order] == number]
-        size = max(1, len(rows) // 5)
-        for part in range(len(parts)):
-            parts[part, rows[part * size : (part + 1) * size]] = len(rows) > 1
+        if len(rows) > 1:
+            fold[rows] = np.arange(len(rows)) // max(1, len(rows) // 5)
+    parts = [fold == part for part in range(min(5, math.ceil(ENOUGH / len(labels))))]
     return [held for held in parts if held.any()]  # two rows of each class leave nothing for a third part
 
 
