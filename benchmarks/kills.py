@@ -95,7 +95,7 @@ def large_digits(path: str) -> None:
 
 def trial(method: str, images: str, kills: int, seed: int) -> dict:
     """An undisturbed run, and one that is killed so often; both end in the current folder, which is new."""
-    draw, steps = random.Random(seed), max(40, 4 * kills)
+    draw, steps = random.Random(seed), max(12, 4 * kills)
     run = dict(method=method, sim_weight=0.5, batch_size=16, accumulate=2, image_size=16, backbone="resnet_tiny")
     run |= dict(steps=steps, checkpoint_every=1, log_every=3, eval_every=0)
     if images == "cached":

@@ -79,7 +79,7 @@ def test_the_slurm_script_queues_itself_again_and_goes_on(place):
         assert job.poll() is None
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(timeout=60) == 0
+    assert job.wait(timeout=200) == 0
     said = Path("said").read_text()
     assert "--num_processes 16 --machine_rank 0 --main_process_ip node1 --main_process_port 20123 bsim.py" in said
     assert said.endswith("scancel --signal=TERM 123\nscontrol requeue 123\n")

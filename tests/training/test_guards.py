@@ -146,7 +146,7 @@ def test_a_line_that_the_disk_has_no_room_for_leaves_no_half(place):
 def killed(*words):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
