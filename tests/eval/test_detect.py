@@ -283,6 +283,6 @@ def test_faster_r_cnn_finds_digits(place):
 
 @pytest.mark.slow
 def test_mask_r_cnn_finds_digits_and_their_shapes(place):
-    options = dict(task="coco", data=str(coco_folder(place, 160, 30)), steps=220, batch_size=4, lr=0.3)
+    options = dict(task="coco", data=str(coco_folder(place, 160, 30)), steps=140, batch_size=4, lr=0.3)
     metrics = detect(**LEARN, **options)
     assert metrics["AP50"] > 50 and metrics["mask_AP50"] > 40
