@@ -19,9 +19,8 @@ import flags
 from eval.voc07 import read_sets, truths, voc07
 from flags import UserError
 from tests.eval.scenes import SCANS, voc_folder
+from tests.eval.test_svm import GRID
 from training.weights import Backbone
-
-GRID = [0.1, 1.0, 10.0]  # in the place of the 26 costs where they would take the tests a minute
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs.
