@@ -153,8 +153,6 @@ def distribute(t: Training) -> None:
     model.batch_norm = t.s.batch_norm
     if t.s.batch_norm == "sync":
         model = synchronised(model, accelerator)
-        if accelerator.num_processes > 1 and accelerator.device.type != "cuda":
-            accelerator.print("note: on CPUs batch norm's statistics are each process's own")
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     if t.s.compile:
         model.compile()

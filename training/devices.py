@@ -30,12 +30,16 @@ def open_accelerator(mixed_precision: str | None, handlers: Sequence = (), **opt
 
 
 def synchronised(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """`model` with batch norm over all GPUs; as it is on one, and on CPUs, where SyncBatchNorm does not run.
+    """`model` with batch norm over all GPUs; as it is on one, and on CPUs, where SyncBatchNorm does not run (said).
 
     timm's conversion, as torch's own drops the activations that timm's norms hold.
     """
-    several = accelerator.num_processes > 1 and accelerator.device.type == "cuda"
-    return convert_sync_batchnorm(model) if several else model
+    if accelerator.num_processes == 1:
+        return model
+    if accelerator.device.type != "cuda":
+        accelerator.print("note: on CPUs batch norm's statistics are each process's own")
+        return model
+    return convert_sync_batchnorm(model)
 
 
 def _cpu_has_bf16() -> bool:

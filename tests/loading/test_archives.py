@@ -95,7 +95,7 @@ def test_folders_in_an_archive_are_said_to_be_no_classes(place, root):
     assert source.note == "no labels" and source.images == 40
     assert source.found[1].startswith("note: folders in an archive (cat, dog) are no classes")
     labels = [(f"{root}{('cat', 'dog')[i % 2]}/{i:04d}.cls", str(i % 2).encode()) for i in range(40)]
-    first, rough = read(write("labelled.tar", members + labels))[2].found
+    first, _, rough = read(write("labelled.tar", members + labels))[2].found
     assert first.startswith("found 40 images in 2 classes") and rough.endswith("with a label, so it is rough")
 
 

@@ -60,6 +60,8 @@ def test_no_image_is_trained_on_and_evaluated(place, streaming):
             data.open_source("rows", split=split, eval_split=eval_split, streaming=streaming)
     for name in ("val", "validation", "dev"):  # are one split, which does not evaluate itself
         source = data.open_source("rows", split=name, streaming=streaming)
+        many = "a tenth of the images" if streaming else "4 images"
+        assert f"note: held out for evaluation, and not trained on: {many} of split validation" in source.found
         if not streaming:
             (images, held_out), trained_on = source.queries, source.rows
             assert images is source.train and len(held_out) == 4 and len(trained_on) == 36
@@ -78,6 +80,25 @@ def test_evaluations_keep_what_they_train_on_and_ask_apart(place):
         data.open_labelled("rows.parquet", split="train[:41]", eval_split="train[40:]")
     train, test = data.open_labelled("rows.parquet", split="train[:40]", eval_split="train[40:]")
     assert len(train.rows) == 40 and len(test.rows) == 20
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_held_out_images_are_said_where_some_are(place, streaming, labelled):
+    rows = table(40) if labelled else table(40).remove_columns("label")
+    rows.to_parquet(place / "rows.parquet")
+    said = {"hold_out": [], "all": [], "test": []}
+    for name, hold_out in (("hold_out", True), ("all", False)):
+        source = data.open_source("rows.parquet", streaming=streaming, hold_out=hold_out)
+        said[name] = [line for line in source.found if "held out" in line]
+    (place / "two").mkdir()
+    for split in ("train", "test"):
+        rows.to_parquet(place / "two" / f"{split}.parquet")
+    source = data.open_source("two", streaming=streaming, hold_out=True)
+    said["test"] = [line for line in source.found if "held out" in line]
+    many = "a tenth of the images" if streaming else "4 images"
+    line = [f"note: held out for evaluation, and not trained on: {many} of split train"]
+    assert said == {"hold_out": line, "all": line if labelled else [], "test": []}
 
 
 def test_few_labels_that_are_not_among_the_held_out_images_are_said(place):
