@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from PIL import ExifTags, Image, ImageOps
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from bsim import ViewRecipe, random_crop_box
 from flags import UserError
 from loading import files, pixels
 from loading.pixels import ANY
+
+try:  # deprecated since torchvision 0.29; where it is gone Pillow reads the same pixels, in more time
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
 
 PIXELS = 100_000_000  # an image that claims more is refused before it is decoded; `limit` sets it
 ORIENTATION = ExifTags.Base.Orientation
@@ -219,7 +223,7 @@ def crops(record, recipes, generator, pixel_range=ANY, clipped=None):
         ]
         spare = min(min(box[2:]) // recipe.size for box, recipe in zip(boxes, recipes))
         shrink = next(scale for scale in (8, 4, 2, 1) if scale <= max(1, spare * plain))
-        if plain and shrink == 1:
+        if plain and shrink == 1 and decode_jpeg:
             pixels = decode_jpeg(
                 torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), mode=ImageReadMode.RGB
             )

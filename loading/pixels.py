@@ -7,7 +7,6 @@ Files of 8 bits keep their values. The range is decided from a sample of the dat
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_png
 
 from flags import interval
 
@@ -67,6 +66,8 @@ def deep(image: Image.Image, file=None) -> np.ndarray | None:
     if image.format != "PNG" and _raw_depth(image):
         raise ValueError(f"a colour {image.format} of 16 bits, of which only the upper 8 can be read; save it as PNG")
     if file is not None and is_deep_png(image):
+        from torchvision.io import ImageReadMode, decode_png  # deprecated, and only these files need it
+
         alpha = "A" in image.getbands()
         content = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
         found = decode_png(content, ImageReadMode.RGB_ALPHA if alpha else ImageReadMode.RGB)

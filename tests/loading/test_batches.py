@@ -116,6 +116,15 @@ def test_what_a_broken_jpeg_is_refused_with_says_nothing_of_torchvision():
         images.crops(broken, recipes, generator(1))
 
 
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_without_torchvisions_decoder_the_crops_are_the_same(monkeypatch, subsampling):
+    jpeg = record(picture(4, 190, 220), "JPEG", quality=90, subsampling=subsampling)
+    recipes = [recipe._replace(size=64) for recipe in RECIPES]  # so large that torchvision decodes it
+    wanted = images.crops(jpeg, recipes, generator(1))
+    monkeypatch.setattr(images, "decode_jpeg", None)
+    assert all(torch.equal(a, b) for a, b in zip(images.crops(jpeg, recipes, generator(1)), wanted))
+
+
 def test_a_jpeg_that_lies_on_its_side_is_cropped_upright():
     image, turn = picture(4, 90, 120), Image.Exif()
     turn[0x0112] = 6
