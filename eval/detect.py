@@ -180,6 +180,10 @@ def _settings(asked: Detection, given: Given) -> tuple[DetectionRun, Path, bool,
         asked = _resumed(folder, asked, given)
     else:
         run_folder.choose(str(folder), "", "")  # refuses a folder in use
+        if asked.schedule is not None and asked.steps is not None:
+            raise UserError(f"--schedule {asked.schedule}: --steps {asked.steps} says how long; drop one of them")
+        if asked.init != "run" and asked.weights != "online":
+            raise UserError(f"--weights {asked.weights}: --init {asked.init} takes other weights; drop one of them")
     recipe = RECIPES[asked.task, asked.schedule or ("1x" if asked.task == "coco" else None)]
     steps = asked.steps or recipe.steps
     resolved = dict(

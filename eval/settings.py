@@ -119,7 +119,7 @@ class Linear(Evaluation):
     def __post_init__(self) -> None:
         super().__post_init__()
         chosen = [name for name in ("batch_size", "lr", "weight_decay") if getattr(self, name) is not None]
-        chosen += ["epochs"] * (self.epochs != 100)
+        chosen += [name for name, usual in (("epochs", 100), ("preset", "moco")) if getattr(self, name) != usual]
         if self.protocol == "features" and chosen:
             raise UserError(f"--{chosen[0]} {getattr(self, chosen[0])}: is of --protocol sgd")
 
@@ -146,6 +146,11 @@ class Semi(Evaluation):
     lr: float = flag(0.05, "for 256 images a step", range=ABOVE_0)
     weight_decay: float = flag(0.0, "none is published", range=NOT_NEGATIVE)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.files is not None and self.percent != 10:
+            raise UserError(f"--percent {self.percent:g}: --files {self.files} names the images; drop one of them")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry(Evaluation):
@@ -157,7 +162,9 @@ class Geometry(Evaluation):
     """
 
     beside: str | None = flag(
-        None, "runs to show beside it in the picture, with commas between them", heading="The protocol"
+        None,
+        "runs to show beside it in the picture, with commas between them; their weights are the online ones",
+        heading="The protocol",
     )
     images: int = flag(2000, "held-out images", range=at_least(100))
     out: str | None = flag(None, "the picture; default: the next free geometry.png in the run's folder")

@@ -45,6 +45,7 @@ def absolute(spec: str) -> str:
 def opened(spec: str, subset: str | None, streaming: bool, skip_bad: bool = False, remembered: bool = False) -> Opened:
     """Every split of `spec` by name. `remembered`: a folder was just listed by another process of this machine."""
     if spec == "digits":
+        _refuse(subset, "digits, which has")
         found = Opened(_digits())
         return found._replace(splits=_as_streams(found.splits)) if streaming else found
     if not spec.strip():
@@ -55,6 +56,7 @@ def opened(spec: str, subset: str | None, streaming: bool, skip_bad: bool = Fals
         if path.is_dir():
             return _folder(spec, Path(os.path.abspath(path)), subset, streaming, skip_bad, remembered)
         if files:
+            _refuse(subset, "files, which have")
             return _files(spec, [os.path.abspath(file) for file in files], streaming, skip_bad)
     except UserError as error:
         if str(error).startswith(
@@ -63,6 +65,11 @@ def opened(spec: str, subset: str | None, streaming: bool, skip_bad: bool = Fals
             raise UserError(f"--dataset {spec}: {str(error)[11:]}") from error
         raise
     return _hub(spec, subset, streaming)
+
+
+def _refuse(subset, what):
+    if subset is not None:
+        raise UserError(f"--subset {subset}: --dataset is {what} no configurations; drop --subset")
 
 
 def splits_of(spec: str) -> dict:
@@ -81,8 +88,7 @@ def _folder(spec, path, subset, streaming, skip_bad, remembered):
     listing = folders.listed(path, remembered)
     mark = folders.key(listing)
     if tables.is_saved(path):
-        if subset is not None:
-            raise UserError(f"--subset {subset}: {spec} is a saved dataset, which has none")
+        _refuse(subset, "a saved dataset, which has")
         found = tables.saved(path, mark)
         counts = {split: len(rows) for split, rows in found.items()}
         found = _as_streams(found) if streaming else found

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from loading.files import counted
 from methods.networks import Losses
 from training.optimize import learning_rate
+from training.settings import MIXTURES
 from training.state import Training
 
 PICTURES = ("views.png", "neighbours.png", "curves.png")
@@ -109,7 +110,8 @@ def summary(t: Training, bad: set, clipped: int = 0) -> str:
     pictures = [name for name in PICTURES if (folder / name).exists()]
     lines.append(f"  look at       {', '.join(str(folder / name) for name in pictures)}")
     other = 1 if s.sim_weight < 1 else 0
-    again = {"method": s.method, **{k: v for k, v in s.given.items() if k not in NOT_AGAIN}}
+    left = NOT_AGAIN + MIXTURES if other else NOT_AGAIN
+    again = {"method": s.method, **{k: v for k, v in s.given.items() if k not in left}}
     words = " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in again.items())
     words += f" --sim_weight {other}"
     lines.append(f"next: accelerate launch bsim.py {words}   ({'plain ' if other else 'BSIM with '}{s.method})")

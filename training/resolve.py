@@ -23,12 +23,13 @@ from methods.networks import SMALL_STEM
 from methods.networks import backbone as build_backbone
 from training import folder as run_folder
 from training import state_dicts
-from training.settings import DRY_RUN, Pretraining
+from training.settings import DRY_RUN, MIXTURES, Pretraining
 from training.weights import Backbone, load_backbone
 
 LOOP = ("optimizer", "lr", "weight_decay", "warmup_epochs")  # of a method's defaults, those its network does not take
 FROM_WEIGHTS = 0.1  # of a method's learning rate, where a run begins from weights: docs/weights.md
 HEADS = ("temperature", "momentum", "queue", "hidden_dim", "embedding_dim", "predictor_dim")
+COLOURS = ("brightness", "contrast", "saturation", "hue")  # strengths; --jitter is the share of views
 VIEWS = "brightness contrast saturation hue jitter grayscale blur solarize vertical_flip rotate90".split()
 ON_RESUME = [field.name for field in flags_of(Pretraining) if field.metadata["on_resume"]]
 
@@ -200,9 +201,10 @@ def resolve(
     recipes = method_file.views(size)
     crop = data.DIGITS if asked.dataset == "digits" else {"min_crop": recipes[0].scale[0], "flip": recipes[0].flip}
     normal, lines = _normal(asked, source, loaded)
+    lines += _unused(asked, stream=each is None)
     filled = dict(
         pixel_range=text(source.way.pixel_range),
-        mix_until=_mix_until(asked, method_file),
+        mix_until=_mix_until(asked, given, method_file),
         workers=min(8, max(1, (os.cpu_count() or 1) // world)) if asked.workers is None else asked.workers,
         backbone=backbone,
         image_size=size,
@@ -235,11 +237,30 @@ def resolve(
     return Run(**{**vars(asked), **filled, **derived}), network, [*([loaded.found] if loaded else []), *lines]
 
 
-def _mix_until(asked, method_file):
+def _mix_until(asked, given, method_file):
     if asked.mix_until not in (None, 1) and asked.sim_weight == 1:
-        raise UserError(f"--mix_until {asked.mix_until:g}: the plain method, --sim_weight 1, has no mixtures")
+        if "mix_until" in given.typed:
+            raise UserError(f"--mix_until {asked.mix_until:g}: the plain method, --sim_weight 1, has no mixtures")
+        return 1.0  # a recipe's, of which the plain method is run
     usual = getattr(method_file.Method, "mix_until", 1.0) if asked.sim_weight == 0 else 1.0
     return usual if asked.mix_until is None else asked.mix_until
+
+
+def _unused(asked: Pretraining, stream: bool) -> list[str]:
+    """A line on flags that have no effect beside the others."""
+
+    def listed(names):
+        usual = {**defaults_of(Pretraining), "mix_until": asked.mix_until if asked.mix_until == 1 else None}
+        return ", ".join(f"--{k} {getattr(asked, k)}" for k in names if getattr(asked, k) != usual[k])
+
+    lines = []
+    if asked.sim_weight == 1 and (given := listed(MIXTURES)):
+        lines.append(f"note: {given}: not used, as the plain method, --sim_weight 1, has no mixtures")
+    if asked.jitter is not None and not any(flags.one_or_two(asked.jitter) or ()) and (given := listed(COLOURS)):
+        lines.append(f"note: {given}: not used, as --jitter {asked.jitter} changes the colours of no view")
+    if stream and asked.warmup_epochs:
+        lines.append(f"note: --warmup_epochs {asked.warmup_epochs:g}: the warm-up of a stream is a tenth of the steps")
+    return lines
 
 
 def method_defaults(method_file: ModuleType, network: Any, **scale: Any) -> dict[str, Any]:

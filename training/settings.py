@@ -28,6 +28,7 @@ from methods import METHODS
 STRENGTH, SHARES = in_both_views("a number from 0 to 10", 10), in_both_views("a share from 0 to 1", 1)
 OPTIMIZERS = ("sgd", "lars", "adamw")
 TRACKERS = ("tensorboard", "wandb", "trackio")
+MIXTURES = ("mix", "alpha", "mix_until", "per_sample")  # flags that say something of mixtures
 DRY_RUN = 6  # steps of a dry run, at least: half of them are left out, and one alone says little
 
 

@@ -63,6 +63,8 @@ def load_backbone(
         raise UserError(f"{said}: no such folder or file, and no timm model{nearest(run, backbone_names())}")
     if not may_be_random:
         raise UserError(f"{said}: is a network without weights; {_tags(run)}")
+    if architecture not in (None, run):
+        raise UserError(f"--backbone {architecture}: {said} is another network; drop one of them")
     size = image_size or (32 if run == "resnet_tiny" else 224)
     return Backbone(backbone(run, size), run, size, Path(), {}, random=True, given=run)
 
