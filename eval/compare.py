@@ -22,13 +22,13 @@ from eval.results import read_results, table, weights_of
 from flags import Given, UserError, command
 from training.folder import config_of, write, write_json, writing
 from training.pictures import colour_of, marks
+from training.settings import MIXTURES
 
 # Of a run's settings and a result's, those that say nothing of what was trained or measured.
 BESIDES = (
     "seed out resume given normal versions run log_with log_every checkpoint_every eval_every keep workers".split()
 )
 CHOSEN = "C accuracy_by_C costs".split()  # what a protocol chose itself
-MIXTURE = ("mix", "alpha", "per_sample", "mix_until")  # of which a plain run, without a mixture, has none
 FEW = 3  # rows of settings that a refusal lists
 
 
@@ -141,7 +141,7 @@ def against_sim(values: dict, by: list[str]) -> list[dict]:
     at, found = by.index("sim_weight"), []
     for row, metrics in values.items():
         plain = (*row[:at], 1.0, *row[at + 1 :])
-        others = [r for r in values if r[at] == 1 and all(a == b or k in MIXTURE for a, b, k in zip(r, plain, by))]
+        others = [r for r in values if r[at] == 1 and all(a == b or k in MIXTURES for a, b, k in zip(r, plain, by))]
         if row[at] == 1 or not others:
             continue
         for metric, of_seeds in metrics.items():
