@@ -66,6 +66,23 @@ def test_its_table_is_of_the_committed_results():
         assert int(passes) == int(epochs) * (3 if kind in ("SIM, third view", "half SIM, half BSIM") else 2)
 
 
+def test_what_it_says_of_1000_images_is_of_the_committed_results():
+    """Pure BSIM minus SIM of 1,200 epochs, paired by seed, with the 95 % interval of three seeds."""
+    found = cost_curve.points_of(cost_curve.lines_of(ROOT / "benchmarks" / "results" / "few.jsonl"))
+    plain, pure = (next(m for _, epochs, m in found[kind] if epochs == 1200) for kind in ("SIM", "BSIM"))
+    bullet = next(line for line in TEXT.split("\n- ") if line.startswith("*Few images"))
+    bullet = bullet.replace("\n ", "")
+    for metric, words in (
+        ("linear features top1", r"([\d.]+) of linear more than SIM after 1,200 epochs \(([\d.]+) to ([\d.]+)\)"),
+        ("knn five_labels", r"([\d.]+) with five labels \(([\d.]+) to ([\d.]+)\)"),
+        ("knn top1", r"([\d.]+) of k-NN \(([\d.]+) to ([\d.]+)\)"),
+    ):
+        gains = np.array([pure[metric][seed] - plain[metric][seed] for seed in (0, 1, 2)])
+        half = 4.302653 * gains.std(ddof=1) / 3**0.5  # Student's t of 2 degrees of freedom
+        said = [float(x) for x in re.search(words, bullet).groups()]
+        assert said == pytest.approx([gains.mean(), gains.mean() - half, gains.mean() + half], abs=0.051)
+
+
 def test_both_versions_of_the_paper_have_their_authors():
     paper = PAGES[ROOT / "docs" / "paper.md"]
     assert re.search(r"Xiangxiang Chu, Xiaohang Zhan and Xiaolin Wei, \*Beyond Single Instance", paper)
