@@ -120,9 +120,13 @@ def open_source(
     notes += columns.could_be_labels(opened.splits[splits.base(split)], image_column, label_column)
     if eval_split and source.queries is not None and source.queries[0] is source.train:
         notes.append(f"split {eval_split} has no labels: k-NN holds out a tenth of {split} in its place")
-    apart = 0 if streaming else len(source.train) - source.images
+    if streaming:
+        apart = "a tenth of the images" if source.train is not train else ""
+    else:
+        count = len(source.train) - source.images
+        apart = files.counted(count, "image") if count else ""
     if apart:
-        notes.append(f"held out for evaluation, and not trained on: {files.counted(apart, 'image')} of split {split}")
+        notes.append(f"held out for evaluation, and not trained on: {apart} of split {split}")
     if source.queries is not None:
         asked = int((source.queries[0].labels(source.queries[1]) >= 0).sum())
         if asked < 10:
@@ -334,7 +338,7 @@ def _stream_source(parts, split, eval_split, skip_bad, seed, way, hold_out):
         kept = {name: [record[name] for record in records] for name in features_of(train)}
         return Dataset.from_dict(kept, features=features_of(train))
 
-    whole, queries, apart = train, None, []
+    whole, queries = train, None
     if not labelled and held_out is not None:
         queries = sample(held_out.select_columns("image"), QUERIES // 10)
     elif held_out is not None and "label" in features_of(held_out):
@@ -343,7 +347,6 @@ def _stream_source(parts, split, eval_split, skip_bad, seed, way, hold_out):
     if queries is None:
         queries = sample(train.filter(is_held_out), QUERIES // 20)
         train = train.filter(is_not_held_out)
-        apart = [f"held out for evaluation, and not trained on: a tenth of the images of split {split}"]
     samples = {"the stream's sample": sample(train, BANK // 10), "the stream's k-NN queries": queries}
     samples, notes = columns.numbered(samples)
     bank, queries = (
@@ -352,12 +355,12 @@ def _stream_source(parts, split, eval_split, skip_bad, seed, way, hold_out):
     if not labelled:
         held_out = queries if len(queries[1]) else None
         rest = dict(way=way, held_out=held_out, among=bank)
-        return Source(train, None, None, None, side, "no labels", **rest), notes + apart, said
+        return Source(train, None, None, None, side, "no labels", **rest), notes, said
     known, asked = (of.labels(rows) for of, rows in (bank, queries))
     note = columns.unfit(known, known, asked)
     if note:
         return Source(whole, None, None, None, side, note, way=way), notes, said
-    return Source(train, None, bank, queries, side, None, way=way), notes + apart, said
+    return Source(train, None, bank, queries, side, None, way=way), notes, said
 
 
 def is_held_out(record: dict) -> bool:

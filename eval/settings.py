@@ -2,7 +2,19 @@
 
 from dataclasses import dataclass
 
-from flags import ABOVE_0, INTERVAL, NOT_NEGATIVE, PRECISIONS, SEED, Range, Settings, UserError, at_least, flag
+from flags import (
+    ABOVE_0,
+    INTERVAL,
+    NOT_NEGATIVE,
+    PRECISIONS,
+    SEED,
+    Range,
+    Settings,
+    UserError,
+    at_least,
+    defaults_of,
+    flag,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +130,8 @@ class Linear(Evaluation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        chosen = [name for name in ("batch_size", "lr", "weight_decay") if getattr(self, name) is not None]
-        chosen += [name for name, usual in (("epochs", 100), ("preset", "moco")) if getattr(self, name) != usual]
+        of_sgd, usual = ("batch_size", "lr", "weight_decay", "epochs", "preset"), defaults_of(Linear)
+        chosen = [name for name in of_sgd if getattr(self, name) != usual[name]]
         if self.protocol == "features" and chosen:
             raise UserError(f"--{chosen[0]} {getattr(self, chosen[0])}: is of --protocol sgd")
 
@@ -148,7 +160,7 @@ class Semi(Evaluation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.files is not None and self.percent != 10:
+        if self.files is not None and self.percent != defaults_of(Semi)["percent"]:
             raise UserError(f"--percent {self.percent:g}: --files {self.files} names the images; drop one of them")
 
 

@@ -201,7 +201,7 @@ def resolve(
     recipes = method_file.views(size)
     crop = data.DIGITS if asked.dataset == "digits" else {"min_crop": recipes[0].scale[0], "flip": recipes[0].flip}
     normal, lines = _normal(asked, source, loaded)
-    lines += _unused(asked, stream=each is None)
+    lines += _unused(asked, given, stream=each is None)
     filled = dict(
         pixel_range=text(source.way.pixel_range),
         mix_until=_mix_until(asked, given, method_file),
@@ -246,19 +246,20 @@ def _mix_until(asked, given, method_file):
     return usual if asked.mix_until is None else asked.mix_until
 
 
-def _unused(asked: Pretraining, stream: bool) -> list[str]:
-    """A line on flags that have no effect beside the others."""
+def _unused(asked: Pretraining, given: Given, stream: bool) -> list[str]:
+    """A line on flags that were given and have no effect beside the others."""
+    usual = {**defaults_of(Pretraining), "mix_until": 1}
+    unlike = {k for k in given.typed | given.recipe if getattr(asked, k) != usual[k]}
 
     def listed(names):
-        usual = {**defaults_of(Pretraining), "mix_until": asked.mix_until if asked.mix_until == 1 else None}
-        return ", ".join(f"--{k} {getattr(asked, k)}" for k in names if getattr(asked, k) != usual[k])
+        return ", ".join(f"--{k} {getattr(asked, k)}" for k in names if k in unlike)
 
     lines = []
-    if asked.sim_weight == 1 and (given := listed(MIXTURES)):
-        lines.append(f"note: {given}: not used, as the plain method, --sim_weight 1, has no mixtures")
-    if asked.jitter is not None and not any(flags.one_or_two(asked.jitter) or ()) and (given := listed(COLOURS)):
-        lines.append(f"note: {given}: not used, as --jitter {asked.jitter} changes the colours of no view")
-    if stream and asked.warmup_epochs:
+    if asked.sim_weight == 1 and (said := listed(MIXTURES)):
+        lines.append(f"note: {said}: not used, as the plain method, --sim_weight 1, has no mixtures")
+    if asked.jitter is not None and not any(flags.one_or_two(asked.jitter) or ()) and (said := listed(COLOURS)):
+        lines.append(f"note: {said}: not used, as --jitter {asked.jitter} changes the colours of no view")
+    if stream and "warmup_epochs" in unlike and asked.warmup_epochs:
         lines.append(f"note: --warmup_epochs {asked.warmup_epochs:g}: the warm-up of a stream is a tenth of the steps")
     return lines
 

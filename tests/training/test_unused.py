@@ -41,6 +41,9 @@ def test_the_warm_up_of_a_stream_is_said(place, capsys):
     pretrain(steps=2, streaming=True, warmup_epochs=5, workers=0, **options)
     said = capsys.readouterr().out.splitlines()
     assert "note: --warmup_epochs 5: the warm-up of a stream is a tenth of the steps" in said
+    run = pretrain(steps=2, streaming=True, workers=0, **options)  # of the method's own number nothing is said
+    pretrain(resume=str(run), steps=3)
+    assert "--warmup_epochs" not in capsys.readouterr().out
 
 
 def test_the_command_that_a_run_proposes_is_taken(place, capsys):
